@@ -1,0 +1,1 @@
+"""Per-device kernels: `reference` (plain torch, the definition), `cpu` (numba), `cuda` (Triton)."""
