@@ -1,0 +1,111 @@
+"""What the library asks of a communication backend, and the world of one that needs none."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Handle(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> Tensor:
+        """Block until it is done and return its result; `CommError` if it failed or timed out."""
+        ...
+
+
+class Communicator(Protocol):
+    """Collectives among `world_size` ranks; every rank calls the same ones in the same order.
+
+    Tensors are contiguous. A backend keeps the tensors of a collective alive until `wait` returns.
+    All failures, a dead rank and a timeout among them, are raised as `CommError`.
+    """
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+
+    def all_gather(self, message: Tensor) -> Handle:
+        """Start gathering one tensor `[n]`, equal in size and dtype on all ranks, as `[P, n]`."""
+        ...
+
+    def all_reduce(self, tensor: Tensor) -> Handle:
+        """Start summing `tensor` over ranks, in place; fp32, fp16, bf16, int64."""
+        ...
+
+    def reduce_scatter(self, tensor: Tensor) -> Handle:
+        """Start summing `[P, n]` over ranks; rank i gets row i, `[n]`."""
+        ...
+
+    def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
+        """Send `messages[i]` (uint8 `[n_i]`, any sizes) to rank i; returns what each rank sent here."""
+        ...
+
+    def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
+        """Overwrite `tensor` with that of rank `root`."""
+        ...
+
+    def barrier(self) -> None:
+        """Return once every rank has called it."""
+        ...
+
+    def split(self, color: int) -> "Communicator":
+        """The communicator of the ranks that gave the same `color`, in order of rank."""
+        ...
+
+    def close(self) -> None:
+        """Free what this communicator opened."""
+        ...
+
+
+class Done:
+    """The handle of a collective that is already complete."""
+
+    def __init__(self, result: Tensor) -> None:
+        self.result = result
+
+    def wait(self) -> Tensor:
+        return self.result
+
+
+class SelfCommunicator:
+    """A world of one: nothing is sent.
+
+    Example:
+        >>> SelfCommunicator().all_gather(torch.tensor([7], dtype=torch.uint8)).wait().tolist()
+        [[7]]
+    """
+
+    rank = 0
+    world_size = 1
+
+    def all_gather(self, message: Tensor) -> Handle:
+        return Done(message.unsqueeze(0))
+
+    def all_reduce(self, tensor: Tensor) -> Handle:
+        return Done(tensor)
+
+    def reduce_scatter(self, tensor: Tensor) -> Handle:
+        return Done(tensor[0])
+
+    def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
+        return [messages[0]]
+
+    def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
+        pass
+
+    def barrier(self) -> None:
+        pass
+
+    def split(self, color: int) -> Communicator:
+        return self
+
+    def close(self) -> None:
+        pass
+
+
+def exchange_sizes(comm: Communicator, sizes: Sequence[int], device: torch.device) -> Tensor:
+    """How many bytes each rank sends to each: int64 `[P, P]` on the host, row = sender."""
+    return comm.all_gather(torch.tensor(sizes, dtype=torch.int64, device=device)).wait().cpu()

@@ -1,0 +1,97 @@
+"""`Communicator` over a torch.distributed process group (gloo, nccl)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dgc.comm.base import Communicator, Handle, SelfCommunicator, exchange_sizes
+from dgc.errors import CommError
+
+T = TypeVar("T")
+
+
+def _checked(call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except RuntimeError as error:
+        raise CommError(
+            f"a collective failed: {error}\nAnother rank has probably died or is stuck; "
+            "see its own output first, then restart all ranks from the last checkpoint"
+        ) from error
+
+
+class _Pending:
+    def __init__(self, work: Any, result: Tensor) -> None:
+        self.work, self.result = work, result
+
+    def wait(self) -> Tensor:
+        _checked(self.work.wait)
+        return self.result
+
+
+class TorchCommunicator:
+    """Collectives of a torch.distributed process group.
+
+    Args:
+        group: the process group; None is the default one, which must be initialised.
+        owner: whether `close` destroys the default process group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, owner: bool = False) -> None:
+        self.group, self.owner = group, owner
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        uses_nccl = dist.get_backend(group) == "nccl"
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if uses_nccl else torch.device("cpu")
+        )
+
+    def all_gather(self, message: Tensor) -> Handle:
+        result = message.new_empty(self.world_size * message.numel())
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        work = _checked(lambda: gather(result, message, group=self.group, async_op=True))
+        return _Pending(work, result.view(self.world_size, -1))
+
+    def all_reduce(self, tensor: Tensor) -> Handle:
+        work = _checked(lambda: dist.all_reduce(tensor, group=self.group, async_op=True))
+        return _Pending(work, tensor)
+
+    def reduce_scatter(self, tensor: Tensor) -> Handle:
+        result = torch.empty_like(tensor[0])
+        scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+        work = _checked(lambda: scatter(result, tensor, group=self.group, async_op=True))
+        return _Pending(work, result)
+
+    def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
+        sent = [m.numel() for m in messages]
+        received = exchange_sizes(self, sent, self.device)[:, self.rank].tolist()
+        result = messages[0].new_empty(sum(received))
+        packed = torch.cat(list(messages))
+        _checked(lambda: dist.all_to_all_single(result, packed, received, sent, group=self.group))
+        return list(torch.split(result, received))
+
+    def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
+        source = root if self.group is None else dist.get_global_rank(self.group, root)
+        _checked(lambda: dist.broadcast(tensor, source, group=self.group))
+
+    def barrier(self) -> None:
+        _checked(lambda: dist.barrier(group=self.group))
+
+    def split(self, color: int) -> Communicator:
+        colors = self.all_gather(torch.tensor([color], device=self.device)).wait().view(-1).tolist()
+        mine: Communicator = SelfCommunicator()
+        for each in sorted(set(colors)):  # every rank must take part in making every group
+            members = [self._global_rank(r) for r, c in enumerate(colors) if c == each]
+            group = dist.new_group(members)
+            if each == color and len(members) > 1:
+                mine = TorchCommunicator(group)
+        return mine
+
+    def _global_rank(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+    def close(self) -> None:
+        if self.owner and dist.is_initialized():
+            dist.destroy_process_group()
