@@ -1,16 +1,22 @@
 """Dense → Sparse: which elements are sent."""
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dgc.core.sparse import Sparse
+from dgc.core import kernels
+from dgc.core.kernels.reference import largest
+from dgc.core.layout import Layout
+from dgc.core.sparse import Sparse, SparseBatch
 from dgc.errors import ConfigError
 
 
 def num_selected(numel: int, density: float) -> int:
-    """k = max(1, ceil(density · numel)): how many of `numel` elements are sent at `density` in (0, 1].
+    """k = max(1, ceil(density · numel)): how many elements are sent at `density` in (0, 1].
 
     Example:
         >>> num_selected(5000, 0.001), num_selected(10, 0.001)
@@ -23,14 +29,14 @@ def num_selected(numel: int, density: float) -> int:
 def select_topk(tensor: Tensor, k: int) -> Sparse:
     """The `k` elements of largest magnitude, in ascending order of index.
 
-    Among equal magnitudes the choice is deterministic for a given device.
+    Among equal magnitudes those of lowest index are taken, on every device.
 
     Args:
-        tensor: floating point, any shape, read as flat; not kept.
+        tensor: floating point without nan, any shape, read as flat; not kept.
         k: how many, in [1, numel].
 
     Raises:
-        ConfigError: if `k` is out of range.
+        ConfigError: if `k` is out of range or the tensor holds nan.
 
     Example:
         >>> select_topk(torch.tensor([1.0, -5.0, 0.0, 3.0]), 2)
@@ -39,5 +45,154 @@ def select_topk(tensor: Tensor, k: int) -> Sparse:
     flat = tensor.detach().reshape(-1)
     if not 1 <= k <= flat.numel():
         raise ConfigError(f"k is {k} for a tensor of {flat.numel()} elements: give 1 <= k <= numel")
-    indices = torch.topk(flat.abs(), k, sorted=False).indices.sort().values
+    indices = largest(flat, k)
+    if indices.numel() != k:
+        raise ConfigError(f"{int(flat.isnan().sum())} elements are nan: magnitudes have no order")
     return Sparse(indices, flat[indices], flat.numel())
+
+
+class Selector(ABC):
+    """Which elements of a bucket are sent: a frozen configuration; what it remembers is `state`."""
+
+    def state(self, layout: Layout) -> Tensor | None:
+        """A fresh state for a bucket, on the device of `layout.table`; None if none is needed."""
+        return None
+
+    @abstractmethod
+    def select_(
+        self, v: Tensor, layout: Layout, counts: Sequence[int], state: Tensor | None
+    ) -> SparseBatch:
+        """At most counts[t] elements of each tensor t of `v` float32 `[n]`; overwrites `state`."""
+
+    def accumulate_select_(
+        self,
+        grads: Sequence[Tensor],
+        u: Tensor | None,
+        v: Tensor,
+        layout: Layout,
+        update: Tensor,
+        counts: Sequence[int],
+        state: Tensor | None,
+    ) -> tuple[bool, SparseBatch]:
+        """`kernels.accumulate_`, then `select_`; overwrites `u`, `v` and `state`.
+
+        Returns:
+            True and the selection; or False and an empty one if a gradient is not finite: then
+            `u` and `v` are as they were.
+        """
+        finite = kernels.accumulate_(grads, u, v, layout, update)
+        wanted = counts if finite else [0] * len(counts)
+        return finite, self.select_(v, layout, wanted, state)
+
+
+@dataclass(frozen=True)
+class ExactTopK(Selector):
+    """The counts[t] largest magnitudes of each tensor, found anew at each step.
+
+    Example:
+        >>> batch = ExactTopK().select_(torch.tensor([2.0, -3.0, 1.0]), Layout.of([3]), [2], None)
+        >>> batch.indices.tolist()
+        [0, 1]
+    """
+
+    def select_(
+        self, v: Tensor, layout: Layout, counts: Sequence[int], state: Tensor | None
+    ) -> SparseBatch:
+        return kernels.select_(v, layout, counts, None)
+
+
+@dataclass(frozen=True)
+class ThresholdTopK(Selector):
+    """What `ExactTopK` selects, in the same pass that accumulates.
+
+    The state holds one threshold a tensor, guessed from the previous step so that somewhat more
+    than counts[t] elements pass; the largest of them are the selection. Where fewer than
+    counts[t] pass, or far more, that tensor is selected anew. So the state saves time and never
+    changes what is selected.
+
+    Example:
+        >>> layout = Layout.of([3])
+        >>> selector = ThresholdTopK()
+        >>> state = selector.state(layout)
+        >>> selector.select_(torch.tensor([2.0, -3.0, 1.0]), layout, [2], state).indices.tolist()
+        [0, 1]
+    """
+
+    def state(self, layout: Layout) -> Tensor | None:
+        return torch.zeros(len(layout.numels), device=layout.table.device)
+
+    def select_(
+        self, v: Tensor, layout: Layout, counts: Sequence[int], state: Tensor | None
+    ) -> SparseBatch:
+        return kernels.select_(v, layout, counts, state)
+
+    def accumulate_select_(
+        self,
+        grads: Sequence[Tensor],
+        u: Tensor | None,
+        v: Tensor,
+        layout: Layout,
+        update: Tensor,
+        counts: Sequence[int],
+        state: Tensor | None,
+    ) -> tuple[bool, SparseBatch]:
+        return kernels.accumulate_select_(grads, u, v, layout, update, counts, state)
+
+
+@dataclass(frozen=True)
+class ChunkedTopK(Selector):
+    """The largest magnitudes of each run of `chunk` elements, each run with its share of counts[t].
+
+    Run j of a tensor of n elements, from a to b, may send ⌊k·b/n⌋ − ⌊k·a/n⌋ elements, so the
+    shares add up to k = counts[t].
+
+    Attributes:
+        chunk: elements a run, at least 1; the last run of a tensor may be shorter.
+
+    Raises:
+        ConfigError: if `chunk` is less than 1.
+
+    Example:
+        >>> selector = ChunkedTopK(chunk=2)
+        >>> v = torch.tensor([9.0, 8.0, 1.0, 2.0])
+        >>> selector.select_(v, Layout.of([4]), [2], None).indices.tolist()
+        [0, 3]
+    """
+
+    chunk: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1:
+            raise ConfigError(f"chunk is {self.chunk} elements: give at least 1")
+
+    def select_(
+        self, v: Tensor, layout: Layout, counts: Sequence[int], state: Tensor | None
+    ) -> SparseBatch:
+        starts, sizes, shares = [], [], []
+        for numel, k in zip(layout.numels, counts, strict=True):
+            for start in range(0, numel, self.chunk):
+                end = min(start + self.chunk, numel)
+                starts.append(start)
+                sizes.append(end - start)
+                shares.append(k * end // numel - k * start // numel)
+        pieces = kernels.select_(v, Layout.of(sizes, v.device), shares, None)
+        return _join(pieces, starts, layout)
+
+
+def _join(pieces: SparseBatch, starts: Sequence[int], layout: Layout) -> SparseBatch:
+    """The tensors of `layout` out of consecutive pieces; `starts` says where in its tensor each is.
+
+    Example: pieces of 2 + 2 elements with indices [0], [1] and starts [0, 2]: indices [0, 3].
+    """
+    counts = torch.tensor(pieces.counts, dtype=torch.int64)
+    ends = torch.tensor(pieces.numels, dtype=torch.int64).cumsum(0)
+    # A tensor ends with the piece that reaches its end; the last such piece, as sizes are positive.
+    last = torch.searchsorted(ends, layout.table.cpu()[1:], right=True)
+    total = torch.cat([counts.new_zeros(1), counts.cumsum(0)])[last]
+    moved = torch.tensor(starts, dtype=torch.int64).repeat_interleave(counts)
+    return SparseBatch(
+        pieces.indices + moved.to(pieces.indices.device),
+        pieces.values,
+        tuple(total.diff(prepend=total.new_zeros(1)).tolist()),
+        layout.numels,
+    )

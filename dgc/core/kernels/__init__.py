@@ -1,1 +1,130 @@
-"""Per-device kernels: `reference` (plain torch, the definition), `cpu` (numba), `cuda` (Triton)."""
+"""The passes over a bucket's memory; the one place that picks an implementation by device.
+
+`reference` is plain torch and defines the results, `cpu` is numba; both give the same bits.
+Shapes: T tensors, n elements in all, K selected.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from dgc.core.layout import Layout
+from dgc.core.sparse import SparseBatch
+
+
+def _for(device: torch.device) -> ModuleType:
+    from dgc.core.kernels import reference
+
+    return reference
+
+
+def _dense(grad: Tensor) -> Tensor:
+    """`grad` as contiguous float32: itself where it already is."""
+    return grad.detach().to(torch.float32).contiguous()
+
+
+def squared_norm(grads: Sequence[Tensor]) -> float:
+    """Σ g² over all elements of `grads`, in float64; not finite if an element is not.
+
+    Example:
+        >>> squared_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
+        25.0
+    """
+    return float(_for(grads[0].device).squared_norm([_dense(grad) for grad in grads]))
+
+
+def accumulate_(
+    grads: Sequence[Tensor], u: Tensor | None, v: Tensor, layout: Layout, update: Tensor
+) -> bool:
+    """Let the gradients of a bucket enter its memory; overwrites `u` and `v`.
+
+    With (m, c, lr, nesterov) the row of a tensor, every operation rounded to float32:
+
+        nesterov = 0:   u ← m·u + c·g        v ← v + lr·u
+        nesterov = 1:   u ← m·(u + c·g)      v ← v + lr·(u + c·g)
+        u is None:                           v ← v + lr·(c·g)
+
+    Args:
+        grads: T tensors of `layout.numels` elements, of any shape and float dtype; only read.
+        u: momentum, float32 `[n]`, or None.
+        v: accumulated gradient, float32 `[n]`.
+        layout: where each tensor lies in `u` and `v`.
+        update: float32 `[T, 4]` on the CPU, rows (m, c, lr, nesterov).
+
+    Returns:
+        False if an element of a gradient is not finite; then `u` and `v` are left as they were.
+
+    Example:
+        >>> u, v = torch.tensor([5.0]), torch.tensor([7.0])
+        >>> row = torch.tensor([[2.0, 3.0, 10.0, 0.0]])
+        >>> accumulate_([torch.tensor([1.0])], u, v, Layout.of([1]), row), u.item(), v.item()
+        (True, 13.0, 137.0)
+    """
+    dense = [_dense(grad) for grad in grads]
+    return bool(_for(v.device).accumulate_(dense, u, v, layout, update))
+
+
+def select_(
+    v: Tensor, layout: Layout, counts: Sequence[int], thresholds: Tensor | None
+) -> SparseBatch:
+    """The counts[t] largest magnitudes of each tensor t; of equal ones the first; never a zero.
+
+    Args:
+        v: float32 `[n]`, finite.
+        layout: where each tensor lies in `v`.
+        counts: at most how many of each tensor, length T, each in [0, numels[t]].
+        thresholds: float32 `[T]`, overwritten, or None. A guess of where each selection ends, 0
+            where there is none. It saves time and never changes the result.
+
+    Example:
+        >>> select_(torch.tensor([2.0, -3.0, 0.0, 0.0]), Layout.of([3, 1]), [1, 1], None).counts
+        (1, 0)
+    """
+    batch: SparseBatch = _for(v.device).select_(v, layout, tuple(counts), thresholds)
+    return batch
+
+
+def accumulate_select_(
+    grads: Sequence[Tensor],
+    u: Tensor | None,
+    v: Tensor,
+    layout: Layout,
+    update: Tensor,
+    counts: Sequence[int],
+    thresholds: Tensor | None,
+) -> tuple[bool, SparseBatch]:
+    """`accumulate_` and then `select_`, in one pass where `thresholds` allow it.
+
+    Returns:
+        What `accumulate_` returns, and the selection: an empty one where that is False.
+    """
+    dense = [_dense(grad) for grad in grads]
+    finite, batch = _for(v.device).accumulate_select_(
+        dense, u, v, layout, update, tuple(counts), thresholds
+    )
+    return bool(finite), batch
+
+
+def release_(
+    u: Tensor | None, v: Tensor, layout: Layout, batch: SparseBatch, sent: Tensor, masking: bool
+) -> None:
+    """v[S] ← v[S] − sent, and with `masking` u[S] ← 0; overwrites `u` and `v`.
+
+    Args:
+        u: float32 `[n]` or None; left alone without `masking`.
+        v: float32 `[n]`.
+        layout: where each tensor lies in `u` and `v`.
+        batch: S, the selection.
+        sent: float32 `[K]`, what the receivers will decode for S.
+        masking: momentum factor masking.
+
+    Example:
+        >>> v, layout = torch.tensor([4.0, 9.0]), Layout.of([2])
+        >>> batch = select_(v, layout, [1], None)
+        >>> release_(None, v, layout, batch, torch.tensor([8.0]), masking=False)
+        >>> v.tolist()
+        [4.0, 1.0]
+    """
+    _for(v.device).release_(u if masking else None, v, layout, batch, sent)

@@ -1,0 +1,96 @@
+"""Plain torch, any device, one tensor after another: what the other kernels must equal bit for bit.
+
+Every product and every sum is rounded to float32 on its own; a fused multiply-add would differ.
+Shapes: T tensors, n elements in all, K selected. u, v float32 `[n]`; update float32 `[T, 4]`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dgc.core.layout import Layout
+from dgc.core.sparse import Sparse, SparseBatch
+
+
+def squared_norm(grads: Sequence[Tensor]) -> float:
+    """Σ g² over all of `grads`, each square and sum in float64; nan or inf if an element is."""
+    return float(sum(grad.detach().double().square().sum() for grad in grads))
+
+
+def accumulate_(
+    grads: Sequence[Tensor], u: Tensor | None, v: Tensor, layout: Layout, update: Tensor
+) -> bool:
+    """u ← m·u + c·g and v ← v + lr·u, or Nesterov's form; nothing if an element of g is not finite.
+
+    Example, m = 2, c = 3, lr = 10, g = 1, u = 5, v = 7: u ← 10 + 3 = 13, v ← 7 + 130 = 137;
+    with Nesterov u ← 2·(5 + 3) = 16, v ← 7 + 10·(16 + 3) = 197.
+    """
+    if not all(bool(grad.isfinite().all()) for grad in grads):
+        return False
+    us = layout.split(u) if u is not None else (None,) * len(grads)
+    for grad, u_t, v_t, row in zip(grads, us, layout.split(v), update.tolist(), strict=True):
+        momentum, gain, lr, nesterov = row
+        entered = grad.detach().reshape(-1).float() * gain
+        if u_t is None:
+            v_t.add_(entered * lr)
+        elif nesterov:
+            u_t.add_(entered).mul_(momentum)
+            v_t.add_((u_t + entered) * lr)
+        else:
+            u_t.mul_(momentum).add_(entered)
+            v_t.add_(u_t * lr)
+    return True
+
+
+def largest(flat: Tensor, k: int) -> Tensor:
+    """Ascending int64 indices of the k largest magnitudes of `flat`; of equal ones the first.
+
+    Example: [2, -3, 0, 3, -2], k = 3: the third magnitude is 2, 3 and 3 are above it, one of the
+    two 2s is still wanted and index 0 is the first: [0, 1, 3].
+    """
+    magnitude = flat.abs()
+    kth = torch.topk(magnitude, k, sorted=True).values[-1]
+    above = magnitude > kth
+    ties = (magnitude == kth).nonzero().flatten()
+    chosen = torch.cat([above.nonzero().flatten(), ties[: k - int(above.sum())]])
+    return chosen.sort().values
+
+
+def select_(
+    v: Tensor, layout: Layout, counts: Sequence[int], thresholds: Tensor | None
+) -> SparseBatch:
+    """The counts[t] largest magnitudes of each tensor, never a zero; `thresholds` is ignored."""
+
+    def one(v_t: Tensor, k: int) -> Sparse:
+        k = min(k, int(v_t.count_nonzero()))
+        indices = largest(v_t, k) if k else torch.empty(0, dtype=torch.int64, device=v.device)
+        return Sparse(indices, v_t[indices], v_t.numel())
+
+    return SparseBatch.cat([one(v_t, k) for v_t, k in zip(layout.split(v), counts, strict=True)])
+
+
+def accumulate_select_(
+    grads: Sequence[Tensor],
+    u: Tensor | None,
+    v: Tensor,
+    layout: Layout,
+    update: Tensor,
+    counts: Sequence[int],
+    thresholds: Tensor | None,
+) -> tuple[bool, SparseBatch]:
+    """`accumulate_`, then `select_`; an empty selection where a gradient is not finite."""
+    finite = accumulate_(grads, u, v, layout, update)
+    return finite, select_(v, layout, counts if finite else [0] * len(counts), thresholds)
+
+
+def release_(u: Tensor | None, v: Tensor, layout: Layout, batch: SparseBatch, sent: Tensor) -> None:
+    """v[S] ← v[S] − sent, and u[S] ← 0 where u is given.
+
+    Example: v = [4, 9], S = {1}, sent = [8]: v = [4, 1].
+    """
+    counts = torch.tensor(batch.counts, device=v.device)
+    flat = batch.indices + layout.table[:-1].repeat_interleave(counts)
+    v[flat] -= sent
+    if u is not None:
+        u[flat] = 0.0

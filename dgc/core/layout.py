@@ -1,0 +1,37 @@
+"""Where each tensor of a bucket lies in the flat state."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """T tensors laid end to end in one flat tensor of n = sum(numels) elements.
+
+    Attributes:
+        numels: elements of each tensor, length T.
+        offsets: first element of each tensor and, last, n; length T + 1.
+        table: `offsets` as int64 `[T+1]` on the device of the flat tensor.
+
+    Example:
+        >>> Layout.of([3, 2]).offsets
+        (0, 3, 5)
+    """
+
+    numels: tuple[int, ...]
+    offsets: tuple[int, ...]
+    table: Tensor
+
+    @classmethod
+    def of(cls, numels: Sequence[int], device: torch.device | str = "cpu") -> "Layout":
+        """Lay tensors of `numels` elements end to end in a state on `device`."""
+        offsets = tuple(accumulate(numels, initial=0))
+        return cls(tuple(numels), offsets, torch.tensor(offsets, dtype=torch.int64, device=device))
+
+    def split(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """The tensors of `flat` `[n]`, each a view `[numels[t]]`."""
+        views: tuple[Tensor, ...] = torch.split(flat, self.numels)  # type: ignore[no-untyped-call]
+        return views
