@@ -1,0 +1,247 @@
+"""The message's body in plain Python and numpy: the definition, for tests; `codec_cpu` is the same.
+
+Shapes: T tensors, K values in all. A body has four sections, all little-endian, bits from the
+least significant up, each section filled up to whole bytes with zeros:
+
+    parameters   T × (0, 1 or 2) uint16      levels of the quantiser
+    low          K × r bits                  low bits of the gaps
+    codes        K × value_bits bits         sign in the top bit, level below
+    words        W × uint32                  the coder's state (high, low), then what it emitted
+
+Positions are indices into the T tensors laid end to end; the gap of the first is itself.
+"""
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dgc.core.pack import PROBABILITY_BITS, STATE_LOW, gap_code
+from dgc.core.quantize import MAX_FINITE, ZERO_LEVEL, levels
+
+Bytes = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+class Status(IntEnum):
+    """What a kernel found; anything but OK leaves its other results meaningless."""
+
+    OK = 0
+    PARAMETER = 1
+    """A level would not be finite, or lo > hi."""
+    VALUE = 2
+    """A 32-bit value is not finite."""
+    STATE = 3
+    """The coder's first state is out of range."""
+    EXHAUSTED = 4
+    """The words ended before the last index."""
+    LEFT_OVER = 5
+    """Words were left, or the coder's last state is not the one it starts from."""
+    INDEX = 6
+    """An index is not ascending or not inside its tensor."""
+    FILL = 7
+    """The bits that fill a section up are not zero."""
+
+
+class Body(NamedTuple):
+    """The four sections, uint8 each."""
+
+    parameters: Bytes
+    low: Bytes
+    codes: Bytes
+    words: Bytes
+
+
+def encode(
+    indices: Ints, values: Floats, counts: Ints, ends: Ints, code: int, value_bits: int
+) -> tuple[Body, Floats, Status]:
+    """The body of a message, and float32 `[K]` what a receiver will make of the values.
+
+    Args:
+        indices: `[K]`, local to its tensor.
+        values: `[K]`.
+        counts: `[T]`.
+        ends: `[T]`, cumulative numels.
+        code: number of the gap code.
+        value_bits: width of a value code.
+    """
+    owner = np.repeat(np.arange(len(counts)), counts)
+    starts = np.concatenate([[0], ends[:-1]])
+    positions = indices + starts[owner]
+    gaps = np.diff(positions, prepend=-1) - 1
+    empty = Body(*[np.zeros(0, np.uint8)] * 4)
+    if (gaps < 0).any() or (indices < 0).any() or (positions >= ends[owner]).any():
+        return empty, np.zeros(0, np.float32), Status.INDEX
+    if not np.isfinite(values).all():
+        return empty, np.zeros(0, np.float32), Status.VALUE
+    gap = gap_code(code)
+    parameters, codes = quantize(values, counts, value_bits)
+    body = Body(
+        parameters.astype("<u2").view(np.uint8).reshape(-1),
+        pack_bits(gaps & ((1 << gap.low_bits) - 1), gap.low_bits),
+        pack_bits(codes, value_bits),
+        encode_quotients([int(q) for q in gaps >> gap.low_bits], gap.starts),
+    )
+    return body, dequantize(codes, parameters, counts, value_bits), Status.OK
+
+
+def decode(
+    body: Body, count: int, ends: Ints, code: int, value_bits: int
+) -> tuple[Ints, Floats, Ints, Status]:
+    """Positions int64 `[K]`, values float32 `[K]` and counts int64 `[T]` of a body.
+
+    The sections have the lengths that `count`, `ends` and `value_bits` call for; their contents
+    may be anything.
+    """
+    none = np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64)
+    gap = gap_code(code)
+    parameters = body.parameters.view("<u2").astype(np.int64).reshape(len(ends), -1)
+    if not _valid_parameters(parameters):
+        return *none, Status.PARAMETER
+    low, low_fill = unpack_bits(body.low, count, gap.low_bits)
+    codes, code_fill = unpack_bits(body.codes, count, value_bits)
+    if low_fill or code_fill:
+        return *none, Status.FILL
+    quotients, status = decode_quotients(body.words, count, gap.starts)
+    if status is not Status.OK:
+        return *none, status
+    position, positions = -1, []
+    for quotient, bits in zip(quotients, low, strict=True):
+        position += (quotient << gap.low_bits) + int(bits) + 1
+        positions.append(position)
+    if position >= (ends[-1] if len(ends) else 0):
+        return *none, Status.INDEX
+    where = np.array(positions, dtype=np.int64)
+    counts = np.diff(np.searchsorted(where, ends), prepend=0)
+    values = dequantize(codes, parameters, counts, value_bits)
+    if not np.isfinite(values).all():
+        return *none, Status.VALUE
+    return where, values, counts, Status.OK
+
+
+def pack_bits(symbols: Ints, width: int) -> Bytes:
+    """Symbols of `width` bits, end to end, least significant bit first.
+
+    Example:
+        >>> pack_bits(np.array([1, 2, 3]), 3).tolist()  # 0b011_010_001
+        [209, 0]
+    """
+    shifts = np.arange(width, dtype=np.int64)
+    bits = (symbols[:, None] >> shifts) & 1
+    return np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little")
+
+
+def unpack_bits(section: Bytes, count: int, width: int) -> tuple[Ints, bool]:
+    """The inverse of `pack_bits`, and whether a bit after the last symbol was set."""
+    bits = np.unpackbits(section, bitorder="little").astype(np.int64)
+    symbols = bits[: count * width].reshape(count, width) << np.arange(width, dtype=np.int64)
+    return symbols.sum(axis=1), bool(bits[count * width :].any())
+
+
+def encode_quotients(quotients: list[int], starts: Ints) -> Bytes:
+    """The words of an rANS coder; it works backwards, so that decoding works forwards.
+
+    Example:
+        >>> encode_quotients([0, 1], gap_code(8).starts).tolist()  # 3 bits: 8 · 2^31
+        [4, 0, 0, 0, 0, 0, 1, 0]
+    """
+    if not quotients:
+        return np.zeros(0, np.uint8)
+    table, escape = starts.tolist(), len(starts) - 2
+    state, emitted = STATE_LOW, []
+    for quotient in reversed(quotients):
+        escapes, symbol = divmod(quotient, escape)
+        for each in [symbol] + [escape] * escapes:
+            start, frequency = table[each], table[each + 1] - table[each]
+            if state >= frequency << (63 - PROBABILITY_BITS):
+                emitted.append(state & 0xFFFFFFFF)
+                state >>= 32
+            state = (state // frequency << PROBABILITY_BITS) + state % frequency + start
+    words = [state >> 32, state & 0xFFFFFFFF, *reversed(emitted)]
+    return np.array(words, dtype="<u4").view(np.uint8)
+
+
+def decode_quotients(section: Bytes, count: int, starts: Ints) -> tuple[list[int], Status]:
+    """The inverse of `encode_quotients`, for a section of at least two words if `count` > 0."""
+    words, table, escape = section.view("<u4").tolist(), starts.tolist(), len(starts) - 2
+    if count == 0:
+        return [], Status.LEFT_OVER if words else Status.OK
+    state, used, quotient = words[0] << 32 | words[1], 2, 0
+    quotients: list[int] = []
+    if not STATE_LOW <= state < 1 << 63:
+        return [], Status.STATE
+    while len(quotients) < count:
+        slot = state & ((1 << PROBABILITY_BITS) - 1)
+        symbol = int(np.searchsorted(starts, slot, side="right")) - 1
+        state = (table[symbol + 1] - table[symbol]) * (state >> PROBABILITY_BITS)
+        state += slot - table[symbol]
+        if state < STATE_LOW:
+            if used == len(words):
+                return [], Status.EXHAUSTED
+            state, used = state << 32 | words[used], used + 1
+        quotient += symbol
+        if symbol < escape:
+            quotients.append(quotient)
+            quotient = 0
+    finished = used == len(words) and state == STATE_LOW
+    return quotients, Status.OK if finished else Status.LEFT_OVER
+
+
+def quantize(values: Floats, counts: Ints, value_bits: int) -> tuple[Ints, Ints]:
+    """Parameters int64 `[T, 0, 1 or 2]` and codes int64 `[K]`."""
+    if value_bits == 32:
+        return np.zeros((len(counts), 0), np.int64), values.view(np.uint32).astype(np.int64)
+    runs = np.split(values, np.cumsum(counts)[:-1])
+    fits = [_fit(np.abs(run), value_bits) for run in runs]
+    codes = [
+        _nearest(np.abs(run), levels(*fit, value_bits))
+        | np.signbit(run).astype(np.int64) << (value_bits - 1)
+        for run, fit in zip(runs, fits, strict=True)
+    ]
+    parameters = np.array(fits, np.int64).reshape(-1, 2)[:, : 1 if value_bits == 1 else 2]
+    return parameters, np.concatenate(codes) if codes else np.zeros(0, np.int64)
+
+
+def dequantize(codes: Ints, parameters: Ints, counts: Ints, value_bits: int) -> Floats:
+    """float32 `[K]` the values that codes stand for."""
+    if value_bits == 32:
+        return codes.astype(np.uint32).view(np.float32)
+    out = []
+    for run, row in zip(np.split(codes, np.cumsum(counts)[:-1]), parameters, strict=True):
+        magnitude = levels(int(row[0]), int(row[-1]), value_bits)
+        size = magnitude[run & (len(magnitude) - 1)]
+        out.append(np.where(run >> (value_bits - 1), -size, size))
+    return np.concatenate(out).astype(np.float32) if out else np.zeros(0, np.float32)
+
+
+def _valid_parameters(parameters: Ints) -> bool:
+    lo, hi = parameters[:, :1], parameters[:, -1:]
+    two = parameters.shape[1] == 2
+    return bool(((lo & ~ZERO_LEVEL if two else lo) <= hi).all() and (hi <= MAX_FINITE).all())
+
+
+def _nearest(magnitudes: Floats, table: Floats) -> Ints:
+    """The nearest level in float64, the lower one of two equally near."""
+    wide = table.astype(np.float64)
+    upper = np.clip(np.searchsorted(wide, magnitudes, side="left"), 1, max(1, len(wide) - 1))
+    if len(wide) == 1:
+        return np.zeros(len(magnitudes), np.int64)
+    down = magnitudes - wide[upper - 1] <= wide[upper] - magnitudes
+    return np.where(down, upper - 1, upper)
+
+
+def _fit(magnitudes: Floats, value_bits: int) -> tuple[int, int]:
+    """The parameters of one tensor."""
+    if len(magnitudes) == 0:
+        return 0, 0
+    if value_bits == 1:
+        mean = np.float32(np.cumsum(magnitudes.astype(np.float64))[-1] / len(magnitudes))
+        level = min((int(mean.view(np.uint32)) + 0x8000) >> 16, MAX_FINITE)
+        return level, level
+    top = int(magnitudes.max().view(np.uint32))
+    positive = magnitudes[magnitudes > 0]
+    bottom = int(positive.min().view(np.uint32)) if len(positive) else 0
+    zero = ZERO_LEVEL if 0 < len(positive) < len(magnitudes) else 0
+    return bottom >> 16 | zero, min((top + 0xFFFF) >> 16, MAX_FINITE)
