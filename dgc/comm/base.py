@@ -26,6 +26,10 @@ class Communicator(Protocol):
     def rank(self) -> int: ...
     @property
     def world_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors of small messages should lie; CUDA tensors are always accepted too."""
+        ...
 
     def all_gather(self, message: Tensor) -> Handle:
         """Start gathering one tensor `[n]`, equal in size and dtype on all ranks, as `[P, n]`."""
@@ -40,7 +44,7 @@ class Communicator(Protocol):
         ...
 
     def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
-        """Send `messages[i]` (uint8 `[n_i]`, any sizes) to rank i; returns what each rank sent here."""
+        """Send `messages[i]` (uint8 `[n_i]`, any sizes) to rank i; returns what ranks sent here."""
         ...
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
@@ -80,6 +84,7 @@ class SelfCommunicator:
 
     rank = 0
     world_size = 1
+    device = torch.device("cpu")
 
     def all_gather(self, message: Tensor) -> Handle:
         return Done(message.unsqueeze(0))

@@ -1,12 +1,12 @@
 """Who am I: rank and size from the launcher's environment, and a communicator to match."""
 
-import datetime
 import hashlib
 import os
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.util import find_spec
 from types import TracebackType
 from typing import NamedTuple
@@ -168,14 +168,38 @@ def init(backend: str = "auto", *, timeout_seconds: float = 600.0) -> Runtime:
         comm = _open_torch(chosen, place, timeout_seconds)
     if comm.world_size != place.world_size and chosen == "mpi" and place.launcher != "none":
         raise CommError(
-            f"{place.launcher} started {place.world_size} ranks, but mpi4py sees {comm.world_size}: "
+            f"{place.launcher} started {place.world_size} ranks, mpi4py sees {comm.world_size}: "
             "it was built for another MPI. Use the mpirun that belongs to it, or reinstall mpi4py"
         )
     if comm.world_size > 1 and place.launcher == "none":
         place = place._replace(local_size=comm.world_size, local_rank=comm.rank)
+    global _current
+    _current = comm
     return Runtime(
         comm.rank, comm.world_size, place.local_rank, place.local_size, device, comm, chosen
     )
+
+
+_current: Communicator | None = None
+
+
+def default_communicator() -> Communicator:
+    """The communicator of the last `init`, else of torch.distributed, else a world of one.
+
+    Raises:
+        ConfigError: a launcher started several ranks and none of these was opened.
+    """
+    if _current is not None:
+        return _current
+    if dist.is_initialized():
+        return TorchCommunicator()
+    place = find_place(os.environ)
+    if place.world_size > 1:
+        raise ConfigError(
+            f"{place.launcher} started {place.world_size} ranks, but no communication is open: "
+            "call dgc.init() first"
+        )
+    return SelfCommunicator()
 
 
 def _device(place: Place) -> torch.device:
@@ -223,7 +247,7 @@ def _open_torch(backend: str, place: Place, timeout_seconds: float) -> TorchComm
             init_method=f"tcp://{address}:{port}",
             rank=place.rank,
             world_size=place.world_size,
-            timeout=datetime.timedelta(seconds=timeout_seconds),
+            timeout=timedelta(seconds=timeout_seconds),
         )
     except (RuntimeError, ValueError) as error:
         raise CommError(

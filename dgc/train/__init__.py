@@ -1,0 +1,5 @@
+"""Gradient → optimizer."""
+
+from dgc.train import wire
+
+__all__ = ["wire"]

@@ -1,0 +1,134 @@
+"""What a user chooses: frozen, keyword-only, checked where it is given."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from dgc.core.select import Selector, ThresholdTopK
+from dgc.errors import ConfigError
+
+VALUE_BITS = (1, 2, 3, 4, 8, 16, 32)
+_DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """What every compression has in common."""
+
+    bucket_bytes: int = 25 * 2**20
+    """Parameters are exchanged in buckets of about this many bytes of fp32 gradient, >= 1. Smaller
+    ones overlap more of the backward pass, larger ones cost fewer messages."""
+
+    max_skipped_steps: int | None = 10
+    """A step in which any rank has a non-finite gradient is skipped by all ranks. More than this
+    many in a row raise `GradientError`; None never does."""
+
+    def __post_init__(self) -> None:
+        _check("bucket_bytes", self.bucket_bytes, self.bucket_bytes >= 1, "at least 1")
+        if self.max_skipped_steps is not None:
+            good = self.max_skipped_steps >= 0
+            _check("max_skipped_steps", self.max_skipped_steps, good, "at least 0, or None")
+
+    def describe(self) -> str:
+        """Every field with its value, one a line, the same on every rank of a sound job."""
+        return "\n".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(Compression):
+    """No compression: a dense all-reduce through the same wrapper.
+
+    Example:
+        >>> Dense().dtype
+        torch.float32
+    """
+
+    dtype: torch.dtype = torch.float32
+    """What travels: torch.float32, torch.float16 or torch.bfloat16."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("dtype", self.dtype, self.dtype in _DENSE_DTYPES, f"one of {_DENSE_DTYPES}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DGC(Compression):
+    """Deep Gradient Compression (Lin et al., ICLR 2018, arXiv 1712.01887).
+
+    Example:
+        >>> DGC(density=0.01, warmup_steps=100).density
+        0.01
+    """
+
+    density: float = 0.001
+    """Share of each parameter's elements that is sent in a step, in (0, 1]."""
+
+    value_bits: int = 4
+    """Bits of a sent value: 1, 2, 3, 4, 8, 16 or 32. What rounding loses stays in the residual."""
+
+    warmup_steps: int = 0
+    """Steps over which the density falls exponentially from `warmup_density`, by a factor of 4 a
+    stage, to `density`; 0 starts at `density`."""
+
+    warmup_density: float = 0.25
+    """Density of the first warm-up stage, in (0, 1]."""
+
+    clip_norm: float | None = None
+    """Local gradient clipping: each rank's gradient, all parameters together, is scaled to a norm
+    of at most clip_norm · N^-1/2 before it enters the memory. The norm needs the whole gradient,
+    so compression then starts when the backward pass has ended. None does not clip."""
+
+    momentum_correction: bool = True
+    """The memory applies the optimizer's momentum before accumulation. False leaves momentum to
+    the optimizer, after the exchange: plain error feedback."""
+
+    momentum_masking: bool = False
+    """Momentum factor masking: the momentum of what was sent is set to zero. The paper's default;
+    it costs accuracy in short training."""
+
+    local_accumulation: bool = True
+    """What is not sent stays and is sent later. False forgets it, as an ablation."""
+
+    fold_lr: bool = True
+    """Gradients are accumulated after scaling with the learning rate of their own step, so that a
+    change of rate does not rescale what was left over. False accumulates gradients, as the paper."""
+
+    selector: Selector = ThresholdTopK()
+    """How the largest elements are found; see `dgc.core.select`."""
+
+    exclude: tuple[str, ...] = ()
+    """Patterns (`fnmatch`) of the names of parameters that are exchanged dense."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("density", self.density, 0 < self.density <= 1, "in (0, 1]")
+        _check("value_bits", self.value_bits, self.value_bits in VALUE_BITS, f"one of {VALUE_BITS}")
+        _check("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
+        good = 0 < self.warmup_density <= 1
+        _check("warmup_density", self.warmup_density, good, "in (0, 1]")
+        if self.clip_norm is not None:
+            _check("clip_norm", self.clip_norm, self.clip_norm > 0, "positive, or None")
+        if self.momentum_masking and not self.momentum_correction:
+            raise ConfigError(
+                "momentum_masking=True needs momentum_correction=True: without it there is no "
+                "local momentum to mask"
+            )
+        if isinstance(self.exclude, str):
+            raise ConfigError(f"exclude is the string {self.exclude!r}: give a tuple of patterns")
+
+    @classmethod
+    def paper(cls, *, warmup_steps: int, clip_norm: float | None = None, **changes: Any) -> "DGC":
+        """The paper's own recipe: fp32 values, masking, gradients accumulated without the rate.
+
+        Example:
+            >>> DGC.paper(warmup_steps=400).momentum_masking
+            True
+        """
+        recipe = {"value_bits": 32, "momentum_masking": True, "fold_lr": False, **changes}
+        return cls(warmup_steps=warmup_steps, clip_norm=clip_norm, **recipe)
+
+
+def _check(name: str, value: object, good: bool, allowed: str) -> None:
+    if not good:
+        raise ConfigError(f"{name} is {value!r}: it must be {allowed}")

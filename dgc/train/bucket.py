@@ -1,0 +1,152 @@
+"""A bucket of parameters that travel in one message: compressed, or dense, its sibling."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dgc.comm.exchange import CodedAllGather, DenseAllReduce, Pattern
+from dgc.config import DGC
+from dgc.core.layout import Layout
+from dgc.train.memory import Memory
+from dgc.train.step import Arrival, Sent, abstain, receive_, send_
+from dgc.train.warmup import density_at
+
+
+class Row(NamedTuple):
+    """How the gradient of one parameter enters the memory in this step."""
+
+    momentum: float = 0.0
+    gain: float = 1.0
+    """Factor of the gradient: clipping and dampening."""
+    lr: float = 1.0
+    """Factor of what is accumulated."""
+    nesterov: bool = False
+    applied_lr: float = 1.0
+    """What the optimizer will multiply the mean by; divided out before."""
+
+
+class Bucket(Protocol):
+    """Gradients to payload, and gathered payloads to mean gradients."""
+
+    layout: Layout
+    pattern: Pattern
+
+    def density(self, step: int) -> float:
+        """The share of its elements that the bucket sends in training step `step`."""
+        ...
+
+    def send(
+        self,
+        grads: Sequence[Tensor] | None,
+        rows: Sequence[Row],
+        used: Sequence[bool],
+        density: float,
+    ) -> Tensor:
+        """The payload of this rank. `grads` None: this rank's whole gradient is not finite."""
+        ...
+
+    def receive_(self, gathered: Tensor, grads: Sequence[Tensor], rows: Sequence[Row]) -> Arrival:
+        """Overwrite `grads`, contiguous float32, with the mean over ranks."""
+        ...
+
+    def put_back_(self) -> None:
+        """All ranks skip this step: what was sent returns to the memory."""
+        ...
+
+    def forget_(self, index: int) -> None:
+        """No rank used tensor `index`: its state becomes what it was before `send`."""
+        ...
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """Views of the state of tensor `index`."""
+        ...
+
+
+class CompressedBucket:
+    """Deep Gradient Compression: the largest accumulated values, coded."""
+
+    def __init__(self, layout: Layout, config: DGC, world_size: int) -> None:
+        self.layout, self.config, self.world_size = layout, config, world_size
+        self.pattern: Pattern = CodedAllGather()
+        self.memory = Memory(layout, config)
+        self._sent: Sent | None = None
+        self._before: dict[int, dict[str, Tensor]] = {}
+
+    def density(self, step: int) -> float:
+        return density_at(step, self.config)
+
+    def send(
+        self,
+        grads: Sequence[Tensor] | None,
+        rows: Sequence[Row],
+        used: Sequence[bool],
+        density: float,
+    ) -> Tensor:
+        unused = [index for index, yes in enumerate(used) if not yes]
+        self._before = {i: {k: t.clone() for k, t in self.tensors(i).items()} for i in unused}
+        if grads is None:
+            message, self._sent = abstain(self.memory, density)
+        else:
+            update = torch.tensor([row[:4] for row in rows], dtype=torch.float32)
+            message, self._sent = send_(self.memory, grads, update, density, used)
+        return message
+
+    def receive_(self, gathered: Tensor, grads: Sequence[Tensor], rows: Sequence[Row]) -> Arrival:
+        return receive_(gathered, grads, [1 / (self.world_size * row.applied_lr) for row in rows])
+
+    def put_back_(self) -> None:
+        assert self._sent is not None, "put_back_ undoes a send"
+        self.memory.put_back_(*self._sent)
+
+    def forget_(self, index: int) -> None:
+        for name, state in self.tensors(index).items():
+            state.copy_(self._before[index][name])
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        return self.memory.tensors(index)
+
+
+class DenseBucket:
+    """No compression: the mean of all gradients, one flag a tensor riding behind them."""
+
+    def __init__(self, layout: Layout, dtype: torch.dtype, world_size: int) -> None:
+        self.layout, self.dtype, self.world_size = layout, dtype, world_size
+        self.pattern: Pattern = DenseAllReduce()
+
+    def density(self, step: int) -> float:
+        return 1.0
+
+    def send(
+        self,
+        grads: Sequence[Tensor] | None,
+        rows: Sequence[Row],
+        used: Sequence[bool],
+        density: float,
+    ) -> Tensor:
+        numel, device = self.layout.offsets[-1], self.layout.table.device
+        payload = torch.empty(numel + len(used), dtype=self.dtype, device=device)
+        if grads is None:
+            return payload.fill_(torch.nan)
+        for out, grad, row in zip(self.layout.split(payload[:numel]), grads, rows, strict=True):
+            torch.mul(grad.reshape(-1), row.gain / self.world_size, out=out)
+        payload[numel:] = torch.tensor(used, device=device)
+        return payload
+
+    def receive_(self, gathered: Tensor, grads: Sequence[Tensor], rows: Sequence[Row]) -> Arrival:
+        numel = self.layout.offsets[-1]
+        for grad, mean in zip(grads, self.layout.split(gathered[:numel]), strict=True):
+            grad.view(-1).copy_(mean)
+        # A sum is finite only if every term is; fp32 terms of a sane gradient do not overflow it.
+        finite = bool(gathered.sum(dtype=torch.float32).isfinite())
+        return Arrival(finite, tuple((gathered[numel:] > 0).tolist()))
+
+    def put_back_(self) -> None:
+        pass
+
+    def forget_(self, index: int) -> None:
+        pass
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        return {}

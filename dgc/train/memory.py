@@ -1,0 +1,55 @@
+"""What a rank keeps of its gradients: momentum u and residual v of one bucket."""
+
+import torch
+from torch import Tensor
+
+from dgc.config import DGC
+from dgc.core import SparseBatch, kernels
+from dgc.core.layout import Layout
+
+
+class Memory:
+    """Momentum and residual of the T tensors of a bucket, each flat, float32 `[n]`.
+
+    Attributes:
+        u: momentum, or None without momentum correction.
+        v: the residual: what entered and has not been sent.
+        thresholds: the selector's guess; it saves time and never changes what is selected.
+    """
+
+    def __init__(self, layout: Layout, config: DGC) -> None:
+        device, numel = layout.table.device, layout.offsets[-1]
+        self.layout, self.config = layout, config
+        self.u = torch.zeros(numel, device=device) if config.momentum_correction else None
+        self.v = torch.zeros(numel, device=device)
+        self.thresholds = config.selector.state(layout)
+
+    def release_(self, batch: SparseBatch, sent: Tensor) -> Tensor | None:
+        """Take what was sent out of `v`; the momentum that masking cleared is returned."""
+        masking = self.config.momentum_masking and self.u is not None
+        cleared = self.u[self._places(batch)] if masking and self.u is not None else None
+        kernels.release_(self.u, self.v, self.layout, batch, sent, masking)
+        if not self.config.local_accumulation:
+            self.v.zero_()
+        return cleared
+
+    def put_back_(self, batch: SparseBatch, sent: Tensor, cleared: Tensor | None) -> None:
+        """Undo `release_`, to rounding: the message was not applied by anybody."""
+        if not self.config.local_accumulation:
+            return
+        places = self._places(batch)
+        self.v[places] += sent
+        if cleared is not None and self.u is not None:
+            self.u[places] = cleared
+
+    def _places(self, batch: SparseBatch) -> Tensor:
+        """Positions of the selected elements in the flat state, int64 `[K]`."""
+        starts = self.layout.table[:-1]
+        counts = torch.tensor(batch.counts, device=starts.device)
+        return batch.indices + starts.repeat_interleave(counts)
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """Views of the state of one tensor, by the paper's names."""
+        states = {"v": self.v} if self.u is None else {"u": self.u, "v": self.v}
+        start, end = self.layout.offsets[index : index + 2]
+        return {name: state[start:end] for name, state in states.items()}

@@ -1,0 +1,251 @@
+"""From the gradients of a backward pass to the mean over ranks, bucket by bucket."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from dgc.comm.base import Communicator, Handle
+from dgc.config import DGC, Compression, Dense
+from dgc.core import kernels
+from dgc.core.layout import Layout
+from dgc.errors import GradientError, StateError
+from dgc.train.bucket import Bucket, CompressedBucket, DenseBucket, Row
+from dgc.train.clip import local_clip_scale
+from dgc.train.stats import Stats
+from dgc.train.step import Arrival
+
+
+class Reducer:
+    """Exchanges the gradients of `params`; state is keyed by parameter name.
+
+    `ready(name)` is called as each gradient is complete; a bucket is compressed and its exchange
+    started when all of its gradients are, always in the same order, so that ranks agree.
+    `finish()` starts what is left, waits, and writes the means into `.grad`.
+
+    Args:
+        params: parameters by name, in the order of registration.
+        config: `DGC` or `Dense`.
+        comm: the ranks.
+        rows: how the gradient of a parameter enters the memory now.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Parameter],
+        config: Compression,
+        comm: Communicator,
+        rows: Callable[[str], Row],
+    ) -> None:
+        self.params, self.config, self.comm, self.rows = dict(params), config, comm, rows
+        self.names = plan(self.params, config)
+        self.buckets = [self._bucket(names) for names in self.names]
+        self.stats = Stats(pattern=self.buckets[0].pattern.name)
+        self.step = 0
+        self._clip_norm = config.clip_norm if isinstance(config, DGC) else None
+        self._place = {name: i for i, names in enumerate(self.names) for name in names}
+        self._skipped_in_a_row = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._ready: set[str] = set()
+        self._missing = [len(names) for names in self.names]
+        self._started: list[tuple[Handle, list[Row]]] = []
+        self._clip_scale: float | None = None
+
+    def _bucket(self, names: tuple[str, ...]) -> Bucket:
+        numels = [self.params[name].numel() for name in names]
+        layout = Layout.of(numels, self.params[names[0]].device)
+        if isinstance(self.config, DGC) and not is_excluded(names[0], self.config):
+            return CompressedBucket(layout, self.config, self.comm.world_size)
+        dtype = self.config.dtype if isinstance(self.config, Dense) else torch.float32
+        return DenseBucket(layout, dtype, self.comm.world_size)
+
+    @property
+    def pending(self) -> bool:
+        """Whether gradients of this step are under way."""
+        return bool(self._ready)
+
+    def ready(self, name: str) -> None:
+        """The gradient of `name` is complete.
+
+        Raises:
+            GradientError: it was complete already: a second backward pass before the step.
+        """
+        if name in self._ready:
+            raise GradientError(
+                f"{name} got a second gradient before step(): run all but the last backward pass "
+                "of a step inside `with optimizer.no_sync():`"
+            )
+        self._ready.add(name)
+        self._missing[self._place[name]] -= 1
+        if self._clip_norm is not None and len(self._ready) < len(self.params):
+            return  # the norm needs the whole gradient
+        while len(self._started) < len(self.buckets) and not self._missing[len(self._started)]:
+            self._start()
+
+    def finish(self) -> bool:
+        """Exchange what is left and write the means into `.grad`.
+
+        Returns:
+            False if all ranks must skip this step, as one of them has a non-finite gradient.
+
+        Raises:
+            CommError: another rank died. WireError: a message was damaged.
+            GradientError: too many skipped steps in a row.
+        """
+        while len(self._started) < len(self.buckets):
+            self._start()
+        arrivals = [self._receive(i) for i in range(len(self.buckets))]
+        finite = all(arrival.finite for arrival in arrivals)
+        for names, bucket, arrival in zip(self.names, self.buckets, arrivals, strict=True):
+            if not finite:
+                bucket.put_back_()
+            for index, used in enumerate(arrival.used):
+                if not used and arrival.finite:
+                    bucket.forget_(index)
+                    self.params[names[index]].grad = None
+        self._begin()
+        self.step += 1
+        self.stats.steps += 1
+        self._count_skips(finite)
+        return finite
+
+    def _count_skips(self, finite: bool) -> None:
+        self.stats.skipped_steps += not finite
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        limit = self.config.max_skipped_steps
+        if limit is not None and self._skipped_in_a_row > limit:
+            raise GradientError(
+                f"{self._skipped_in_a_row} steps in a row had a non-finite gradient on some rank: "
+                "lower the learning rate, clip, or raise max_skipped_steps"
+            )
+
+    def _start(self) -> None:
+        index = len(self._started)
+        bucket, names = self.buckets[index], self.names[index]
+        with self._timed("compress_seconds"):
+            used = [self.params[name].grad is not None for name in names]
+            scale = self._scale()
+            grads = [self._grad(name) for name in names] if math.isfinite(scale) else None
+            rows = [self.rows(name) for name in names]
+            rows = [row._replace(gain=row.gain * scale) for row in rows]
+            density = bucket.density(self.step)
+            payload = bucket.send(grads, rows, used, density)
+        self._count(bucket, payload)
+        self.stats.density = density if index == 0 else min(density, self.stats.density)
+        self._started.append((bucket.pattern.start(self.comm, payload), rows))
+
+    def _scale(self) -> float:
+        """The clipping factor of this step; nan if clipping finds the gradient not finite."""
+        if self._clip_norm is None:
+            return 1.0
+        if self._clip_scale is None:
+            grads = [p.grad for p in self.params.values() if p.grad is not None]
+            squared = kernels.squared_norm(grads) if grads else 0.0
+            finite = math.isfinite(squared)
+            scale = local_clip_scale(squared, self._clip_norm, self.comm.world_size)
+            self._clip_scale = scale if finite else math.nan
+        return self._clip_scale
+
+    def _grad(self, name: str) -> Tensor:
+        """The gradient; a parameter without one contributes zero, as in a dense exchange."""
+        param = self.params[name]
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+        if param.grad.layout != torch.strided:
+            raise GradientError(
+                f"the gradient of {name} is {param.grad.layout}: use dense gradients "
+                "(for an embedding, sparse=False)"
+            )
+        return param.grad
+
+    def _receive(self, index: int) -> Arrival:
+        bucket, names = self.buckets[index], self.names[index]
+        handle, rows = self._started[index]
+        with self._timed("exchange_seconds"):
+            gathered = handle.wait()
+        with self._timed("compress_seconds"):
+            grads = [self._grad(name) for name in names]
+            dense = [g.to(torch.float32).contiguous() for g in grads]
+            arrival = bucket.receive_(gathered, dense, rows)
+            for grad, mean in zip(grads, dense, strict=True):
+                if grad is not mean:
+                    grad.copy_(mean)
+        return arrival
+
+    @contextmanager
+    def _timed(self, field: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            setattr(self.stats, field, getattr(self.stats, field) + spent)
+
+    def _count(self, bucket: Bucket, payload: Tensor) -> None:
+        if self.comm.world_size == 1:
+            return
+        self.stats.dense_bytes += 4 * bucket.layout.offsets[-1]
+        self.stats.sent_bytes += payload.nbytes
+        self.stats.received_bytes += bucket.pattern.received_bytes(
+            self.comm.world_size, payload.nbytes
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step, and the memory of every parameter by name."""
+        memory = {
+            name: {key: state.clone() for key, state in bucket.tensors(index).items()}
+            for names, bucket in zip(self.names, self.buckets, strict=True)
+            for index, name in enumerate(names)
+        }
+        return {"step": self.step, "memory": memory}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            StateError: other parameters, shapes or kinds of memory; nothing is changed then.
+        """
+        own = self.state_dict()["memory"]
+        for name in sorted(own.keys() | state["memory"].keys()):
+            found = {k: t.numel() for k, t in state["memory"].get(name, {}).items()}
+            wanted = {k: t.numel() for k, t in own.get(name, {}).items()}
+            if found != wanted:
+                raise StateError(
+                    f"the memory of {name} in this state is {found}, here it is {wanted} (elements "
+                    "a tensor): load it with the model and the compression that wrote it"
+                )
+        for names, bucket in zip(self.names, self.buckets, strict=True):
+            for index, name in enumerate(names):
+                for key, tensor in bucket.tensors(index).items():
+                    tensor.copy_(state["memory"][name][key])
+        self.step = state["step"]
+
+
+def is_excluded(name: str, config: Compression) -> bool:
+    """Whether a parameter is exchanged dense by `DGC.exclude`."""
+    return isinstance(config, DGC) and any(fnmatchcase(name, each) for each in config.exclude)
+
+
+def plan(params: Mapping[str, Parameter], config: Compression) -> list[tuple[str, ...]]:
+    """Which parameters travel together: in reverse order, as backward finishes the last ones first.
+
+    A bucket holds parameters of one device, all compressed or all excluded, and is closed once it
+    has `config.bucket_bytes` of fp32 gradient.
+    """
+    closed: list[tuple[str, ...]] = []
+    open_: dict[tuple[torch.device, bool], list[str]] = {}
+    for name, param in reversed(list(params.items())):
+        key = (param.device, is_excluded(name, config))
+        names = open_.setdefault(key, [])
+        names.append(name)
+        if sum(4 * params[each].numel() for each in names) >= config.bucket_bytes:
+            closed.append(tuple(open_.pop(key)))
+    return closed + [tuple(names) for names in open_.values()]
