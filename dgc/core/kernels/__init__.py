@@ -15,6 +15,11 @@ from dgc.core.sparse import SparseBatch
 
 
 def _for(device: torch.device) -> ModuleType:
+    # Imported when first needed: a compiler takes longer to load than all the rest.
+    if device.type == "cpu":
+        from dgc.core.kernels import cpu
+
+        return cpu
     from dgc.core.kernels import reference
 
     return reference

@@ -1,0 +1,141 @@
+"""Compiled selection among candidates: the k-th largest magnitude by radix, and the trim to k."""
+
+from typing import Any
+
+import numpy as np
+
+from dgc.core.kernels.cpu_sweep import MAGNITUDE, kernel
+
+BINS = 2048
+EVERYTHING = np.array([1], np.int32)
+
+
+@kernel
+def bin_of_rank(counts: Any, rank: int) -> Any:
+    """The bin that holds the element of `rank` (1 is the largest), and its rank in that bin.
+
+    Example: counts = [5, 2, 1], rank = 2: one element is above bin 1, so (1, 1).
+    """
+    b = counts.size - 1
+    while rank > counts[b]:
+        rank -= counts[b]
+        b -= 1
+    return b, rank
+
+
+@kernel
+def kth_largest(bits: Any, rank: int) -> Any:
+    """The `rank`-th largest of the int32 `bits`, each in [0, 2^31); overwrites `bits`.
+
+    Eleven, ten and ten bits at a time, from the top; each level keeps the members of one bin.
+    Example: [5, 9, 9, 1], rank 3: 5.
+    """
+    n = bits.size
+    for shift in (20, 10, 0):
+        counts = np.zeros(BINS, np.int64)
+        mask = np.int32(2047 if shift == 20 else 1023)
+        for i in range(n):
+            counts[(bits[i] >> shift) & mask] += 1
+        b, rank = bin_of_rank(counts, rank)
+        kept = 0
+        for i in range(n):
+            bits[kept] = bits[i]
+            kept += ((bits[i] >> shift) & mask) == b
+        n = kept
+    return bits[0]
+
+
+@kernel
+def magnitudes(values: Any) -> Any:
+    """The bits of `values` float32 without the sign, as a new int32 array."""
+    bits = np.empty(values.size, np.int32)
+    source = values.view(np.int32)
+    for i in range(bits.size):
+        bits[i] = source[i] & MAGNITUDE
+    return bits
+
+
+@kernel
+def floors(
+    v: Any, starts: Any, stops: Any, ranks: Any, low: Any, tensors: Any, lo: int, hi: int
+) -> None:
+    """low[t] ← the bits of the ranks[t]-th largest magnitude of segment t, for t in tensors[lo:hi].
+
+    At least 1, so that a zero never reaches it. Example: [2, -3, 0], rank 2: the bits of 2.
+    """
+    for t in tensors[lo:hi]:
+        bits = magnitudes(v[starts[t] : stops[t]])
+        low[t] = max(np.int32(1), kth_largest(bits, ranks[t]))
+
+
+@kernel
+def _guess(candidates: Any, kept: Any, wanted: int, target: int) -> Any:
+    """A threshold that about `target` such elements reach; `kept` are the largest candidates.
+
+    The candidate of that rank, if there are so many. Otherwise the tail is continued as an
+    exponential, x = b − s·ln(target/n), through the smallest kept and the smallest, b, of n. If
+    fewer than `wanted` are there, no other element is above zero: every element above zero.
+    """
+    n = candidates.size
+    if n < wanted:
+        return EVERYTHING.view(np.float32)[0]
+    if n >= target:
+        bits = np.array([kth_largest(magnitudes(candidates), target)], np.int32)
+        return bits.view(np.float32)[0]
+    smallest = np.float64(np.abs(candidates).min())
+    drop = 0.05 * smallest
+    if n > kept.size:
+        scale = (np.float64(np.abs(kept).min()) - smallest) / np.log(n / kept.size)
+        drop = max(drop, min(0.5 * smallest, scale * np.log(target / n)))
+    return np.float32(smallest - drop)
+
+
+@kernel
+def trim(
+    where: Any,
+    what: Any,
+    edges: Any,
+    starts: Any,
+    wanted: Any,
+    targets: Any,
+    thresholds: Any,
+    out_edges: Any,
+    indices: Any,
+    values: Any,
+    lo: int,
+    hi: int,
+) -> None:
+    """Of each segment's candidates keep the largest, of equal ones the first; for t in lo:hi.
+
+    Args:
+        where, what: positions in the flat state, ascending, and values of all candidates.
+        edges: int64 `[T+1]`, the candidates of segment t are edges[t] to edges[t+1].
+        starts: int64 `[T]`, where segments begin.
+        wanted, targets: int64 `[T]`: how many to keep, how many should pass the next threshold.
+        thresholds: float32 `[T]`, overwritten, or empty: the thresholds of the next step.
+        out_edges: int64 `[T+1]`, where each segment's selection goes.
+        indices, values: overwritten: the selection, indices local to their segment.
+
+    Example: candidates 2, 3, 2 at 10, 12, 15, start 10, wanted 2: indices 0, 2, values 2, 3.
+    """
+    for t in range(lo, hi):
+        mine = what[edges[t] : edges[t + 1]]
+        count = out_edges[t + 1] - out_edges[t]
+        kth, ties = np.int32(0), 0
+        if 0 < count < mine.size:
+            bits = magnitudes(mine)
+            kth = kth_largest(bits.copy(), count)
+            ties = count - (bits > kth).sum()
+        n = out_edges[t]
+        for j in range(edges[t], edges[t + 1]):
+            if n == out_edges[t + 1]:
+                break
+            magnitude = what[j : j + 1].view(np.int32)[0] & MAGNITUDE
+            if magnitude > kth or (magnitude == kth and ties > 0):
+                ties -= magnitude == kth
+                indices[n] = where[j] - starts[t]
+                values[n] = what[j]
+                n += 1
+        if thresholds.size and wanted[t]:
+            kept = values[out_edges[t] : n]
+            thresholds[t] = _guess(mine, kept, wanted[t], targets[t])

@@ -1,0 +1,260 @@
+"""Compiled loops over the elements of a bucket: finite check, update, collection, histogram.
+
+Work is a list of segments, `starts[t]` to `stops[t]` of the flat state; `edges[t]` counts the
+elements of the segments before t. A call does the part of that work from `lo` to `hi`, so that
+threads share it evenly. Magnitudes are compared as the bits of float32 without the sign: they
+sort like the values, and neither nan nor a flushed denormal can upset them.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.numpy_support import carray
+
+# Compiled on first use and kept on disk; the lock of the interpreter is not held while it runs.
+kernel = njit(nogil=True, cache=True)
+reassociating = njit(nogil=True, cache=True, fastmath={"reassoc"})
+
+BLOCK = 1024
+"""Elements updated and then searched while they are in the first-level cache."""
+RUN = 64
+"""Elements counted at once; only runs with a hit are searched one by one."""
+SQUARES = 1 << 16
+"""Elements whose squares are summed on their own, so that threads do not change the rounding."""
+MAGNITUDE = np.int32(0x7FFFFFFF)
+INFINITE = np.int32(0x7F800000)
+NOTHING = 0x7FFFFFFF
+"""A threshold, as bits, that no element reaches."""
+
+
+def _pointer(typing: Any, address: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen
+
+
+_as_pointer: Any = intrinsic(_pointer)
+
+
+@kernel
+def _array(address: int, first: int, last: int) -> Any:
+    """The float32 elements [first, last) of the tensor whose data starts at `address`."""
+    return carray(_as_pointer(np.int64(address + 4 * first)), (last - first,), np.float32)
+
+
+@kernel
+def _bounds(starts: Any, stops: Any, edges: Any, t: int, lo: int, hi: int) -> Any:
+    """Where the part [lo, hi) of the work begins and ends in the flat state within segment t."""
+    shift = starts[t] - edges[t]
+    return max(starts[t], lo + shift), min(stops[t], hi + shift)
+
+
+@kernel
+def _first_segment(edges: Any, lo: int) -> Any:
+    return np.searchsorted(edges, lo, side="right") - 1
+
+
+@kernel
+def _block_max(bits: Any) -> Any:
+    top = np.int32(0)
+    for i in range(bits.size):
+        top = max(top, bits[i] & MAGNITUDE)
+    return top
+
+
+@kernel
+def all_finite(addresses: Any, edges: Any, lo: int, hi: int) -> bool:
+    """Whether no element in the part is inf or nan. Example: bits 0x7F800000 are inf: False."""
+    t = _first_segment(edges, lo)
+    while t < addresses.size and edges[t] < hi:
+        first = max(lo, edges[t]) - edges[t]
+        last = min(hi, edges[t + 1]) - edges[t]
+        if _block_max(_array(addresses[t], first, last).view(np.int32)) >= INFINITE:
+            return False
+        t += 1
+    return True
+
+
+@reassociating
+def _block_square_sum(values: Any) -> float:
+    total = 0.0
+    for i in range(values.size):
+        total += np.float64(values[i]) * np.float64(values[i])
+    return total
+
+
+@kernel
+def square_sums(addresses: Any, edges: Any, sums: Any, lo: int, hi: int) -> None:
+    """sums[b] ← Σ g² in float64 over block b of `SQUARES` elements of the work, for b in lo:hi.
+
+    Example: gradients [3], [4] lie in block 0: sums[0] = 25.
+    """
+    for b in range(lo, hi):
+        begin, end = b * SQUARES, min((b + 1) * SQUARES, edges[-1])
+        t, total = _first_segment(edges, begin), 0.0
+        while t < addresses.size and edges[t] < end:
+            first = max(begin, edges[t]) - edges[t]
+            last = min(end, edges[t + 1]) - edges[t]
+            total += _block_square_sum(_array(addresses[t], first, last))
+            t += 1
+        sums[b] = total
+
+
+@kernel
+def _update(g: Any, u: Any, v: Any, row: Any) -> None:
+    momentum, gain, lr = row[0], row[1], row[2]
+    if row[3] != 0:
+        for i in range(g.size):
+            entered = gain * g[i]
+            moved = momentum * (u[i] + entered)
+            u[i] = moved
+            v[i] = v[i] + lr * (moved + entered)
+    else:
+        for i in range(g.size):
+            moved = momentum * u[i] + gain * g[i]
+            u[i] = moved
+            v[i] = v[i] + lr * moved
+
+
+@kernel
+def _update_plain(g: Any, v: Any, row: Any) -> None:
+    gain, lr = row[1], row[2]
+    for i in range(g.size):
+        v[i] = v[i] + lr * (gain * g[i])
+
+
+@kernel
+def _hits(bits: Any, low: Any) -> Any:
+    count = np.int32(0)
+    for i in range(bits.size):
+        count += np.int32((bits[i] & MAGNITUDE) >= low)
+    return count
+
+
+@kernel
+def _search(v: Any, first: int, low: Any, ties: int, where: Any, what: Any, n: int) -> Any:
+    """Append the elements of block `v` whose magnitude has at least the bits `low`.
+
+    Of those equal to `low` only `ties` more are taken. Example: v = [2, -3, 1, 2], first = 10,
+    low = bits of 2, ties = 1: positions 10 and 11 are appended.
+    """
+    bits = v.view(np.int32)
+    for r in range(0, v.size, RUN):
+        run = bits[r : r + RUN]
+        if _hits(run, low) == 0:
+            continue
+        for i in range(run.size):
+            magnitude = run[i] & MAGNITUDE
+            if magnitude > low or (magnitude == low and ties > 0):
+                ties -= magnitude == low
+                where[n] = first + r + i
+                what[n] = v[r + i]
+                n += 1
+    return n, ties
+
+
+@kernel
+def _room(where: Any, what: Any, n: int) -> Any:
+    """The two buffers, copied into larger ones if a block's worth does not fit after n."""
+    if n + BLOCK <= where.size:
+        return where, what
+    more_where = np.empty(2 * where.size + BLOCK, np.int64)
+    more_what = np.empty(2 * where.size + BLOCK, np.float32)
+    more_where[:n] = where[:n]
+    more_what[:n] = what[:n]
+    return more_where, more_what
+
+
+@kernel
+def collect(
+    addresses: Any,
+    u: Any,
+    v: Any,
+    starts: Any,
+    stops: Any,
+    edges: Any,
+    rows: Any,
+    low: Any,
+    wanted: Any,
+    limits: Any,
+    lo: int,
+    hi: int,
+) -> Any:
+    """Update the part with the gradients, where there are any, and collect what reaches `low`.
+
+    Args:
+        addresses: int64 `[T]`, where each gradient lies, or `[0]` for no update.
+        u, v: float32, the flat state; u is empty if there is none.
+        starts, stops, edges: int64, the segments.
+        rows: float32 `[T, 4]`, the update.
+        low: int32 `[T]`, the bits of the thresholds.
+        wanted, limits: int64 `[T]`; ties with the threshold beyond the first `wanted` are left
+            out, and a segment where more than `limits` pass is given up.
+
+    Returns:
+        Positions in the flat state, ascending; their values; how many of each segment, int64
+        `[T]`, more than `limits` where it was given up (none of its elements are returned).
+    """
+    passed = np.zeros(starts.size, np.int64)
+    where, what, n = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.float32), 0
+    t = _first_segment(edges, lo)
+    while t < starts.size and edges[t] < hi:
+        begin, end = _bounds(starts, stops, edges, t, lo, hi)
+        before, ties, floor = n, wanted[t], low[t]
+        for first in range(begin, end, BLOCK):
+            last = min(first + BLOCK, end)
+            block = v[first:last]
+            if addresses.size:
+                g = _array(addresses[t], first - starts[t], last - starts[t])
+                if u.size:
+                    _update(g, u[first:last], block, rows[t])
+                else:
+                    _update_plain(g, block, rows[t])
+            if floor != NOTHING:
+                where, what = _room(where, what, n)
+                n, ties = _search(block, first, floor, ties, where, what, n)
+                if n - before > limits[t]:
+                    passed[t] = n - before
+                    n, floor = before, np.int32(NOTHING)
+        passed[t] += n - before
+        t += 1
+    return where[:n], what[:n], passed
+
+
+@kernel
+def histogram(v: Any, shift: int, prefix: int, prefix_shift: int, lo: int, hi: int) -> Any:
+    """How many magnitudes of v[lo:hi] have each value of (bits >> shift) mod 2048; int64 `[2048]`.
+
+    Only those whose bits >> prefix_shift equal `prefix` count (31 and 0: all of them). Example,
+    shift 20: 1.0 has bits 0x3F800000, so it counts in bin 0x3F8 = 1016.
+    """
+    # Neighbours often fall into one bin: four tables keep one add from waiting for another.
+    counts = np.zeros((4, 2048), np.int64)
+    bits = v[lo:hi].view(np.int32)
+    for i in range(bits.size):
+        magnitude = bits[i] & MAGNITUDE
+        if (magnitude >> prefix_shift) == prefix:
+            counts[i & 3, (magnitude >> shift) & 2047] += 1
+    return counts.sum(axis=0)
+
+
+@kernel
+def release(
+    u: Any, v: Any, indices: Any, starts: Any, edges: Any, sent: Any, lo: int, hi: int
+) -> None:
+    """v[S] ← v[S] − sent, u[S] ← 0 (u may be empty) for entries lo to hi of the selection.
+
+    Entry j lies in the tensor t with edges[t] ≤ j < edges[t + 1], at starts[t] + indices[j].
+    """
+    t = _first_segment(edges, lo)
+    for j in range(lo, hi):
+        while j >= edges[t + 1]:
+            t += 1
+        at = starts[t] + indices[j]
+        v[at] -= sent[j]
+        if u.size:
+            u[at] = np.float32(0)
