@@ -1,0 +1,28 @@
+"""The final model: prune, share, encode, one small file."""
+
+from dgc.model.constrain import release, weights_of
+from dgc.model.prune import (
+    cubic_density,
+    densities,
+    import_masks,
+    l1_penalty,
+    l2_penalty,
+    prune,
+    prune_by_std,
+    prune_iteratively,
+)
+from dgc.model.share import share
+
+__all__ = [
+    "cubic_density",
+    "densities",
+    "import_masks",
+    "l1_penalty",
+    "l2_penalty",
+    "prune",
+    "prune_by_std",
+    "prune_iteratively",
+    "release",
+    "share",
+    "weights_of",
+]

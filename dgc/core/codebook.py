@@ -1,0 +1,231 @@
+"""Values ↔ codes of a small codebook: exact 1-D k-means, other starts, entropy-penalised codes.
+
+Zero is not in a codebook: it is the value of the weights that were pruned and stays exactly zero.
+"""
+
+import torch
+from torch import Tensor
+
+from dgc.core.entropy import count_symbols
+from dgc.errors import ConfigError, MissingPackageError
+
+EXACT_WORK = 1 << 24
+"""k-means is exact where values × levels is at most this (seconds); larger inputs are reduced to
+means of equal-sized runs of the sorted values first, and every value takes part in the updates."""
+
+
+def kmeans_levels(values: Tensor, k: int) -> Tensor:
+    """At most `k` levels, float64 ascending, that minimise Σ (value − nearest level)².
+
+    Globally optimal, by dynamic programming over the sorted values, up to `EXACT_WORK`; beyond it
+    optimal for run means and then improved by Lloyd's iterations on all values.
+
+    Args:
+        values: floating point, any shape, at least one.
+        k: at least 1.
+
+    Example:
+        >>> kmeans_levels(torch.tensor([0.9, 5.0, 1.1, 5.0, -2.0]), 3).tolist()
+        [-2.0, 1.0, 5.0]
+
+    Source: Wu, *Optimal Quantization by Matrix Searching*, J. Algorithms 1991.
+    """
+    flat = values.detach().reshape(-1).to("cpu", torch.float32)
+    distinct = flat.unique() if flat.numel() <= 1 << 20 else flat
+    if distinct.numel() <= k:
+        return distinct.double()
+    runs = max(4 * k, EXACT_WORK // (4 * k))
+    if flat.numel() * k <= EXACT_WORK:
+        return _solve(flat, k)
+    spread = flat.sort().values
+    length = -(-spread.numel() // runs)
+    whole = spread[: spread.numel() // length * length].view(-1, length).mean(1)
+    return lloyd(flat, _solve(whole, k), iterations=5)
+
+
+def _solve(values: Tensor, k: int) -> Tensor:
+    try:
+        import kmeans1d
+    except ImportError as error:
+        raise MissingPackageError("k-means needs kmeans1d: pip install kmeans1d") from error
+    levels = kmeans1d.cluster(values.tolist(), k).centroids
+    solved: Tensor = torch.tensor(levels, dtype=torch.float64).unique()
+    return solved
+
+
+def linear_levels(values: Tensor, k: int) -> Tensor:
+    """`k` levels spaced evenly from the least to the largest value, float64.
+
+    Example:
+        >>> linear_levels(torch.tensor([-1.0, 0.3, 3.0]), 3).tolist()
+        [-1.0, 1.0, 3.0]
+    """
+    low, high = values.detach().aminmax()
+    return torch.linspace(float(low), float(high), k, dtype=torch.float64)
+
+
+def density_levels(values: Tensor, k: int) -> Tensor:
+    """`k` levels with as many values around each: the quantiles (i + ½) / k, float64.
+
+    Example:
+        >>> density_levels(torch.arange(100.0), 2).tolist()
+        [25.0, 75.0]
+    """
+    ordered = values.detach().reshape(-1).double().cpu().sort().values
+    at = (torch.arange(k) + 0.5) / k * ordered.numel()
+    return ordered[at.long().clamp(max=ordered.numel() - 1)]
+
+
+def random_levels(values: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
+    """`k` of the values drawn without replacement (fewer if there are fewer), float64 ascending.
+
+    Example:
+        >>> random_levels(torch.tensor([2.0, 1.0]), 5).tolist()
+        [1.0, 2.0]
+    """
+    flat = values.detach().reshape(-1).double().cpu()
+    return flat[torch.randperm(flat.numel(), generator=generator)[:k]].sort().values
+
+
+def lloyd(values: Tensor, levels: Tensor, iterations: int = 100) -> Tensor:
+    """Move each level to the mean of the values nearest to it, until nothing changes.
+
+    Example:
+        >>> lloyd(torch.tensor([0.0, 1.0, 9.0]), torch.tensor([0.0, 5.0])).tolist()
+        [0.5, 9.0]
+    """
+    flat = values.detach().reshape(-1).cpu()
+    levels = levels.double()
+    for _ in range(iterations):
+        moved = _means(flat, nearest(flat, levels), levels)
+        if torch.equal(moved, levels):
+            break
+        levels = moved
+    return levels
+
+
+def _means(values: Tensor, codes: Tensor, levels: Tensor) -> Tensor:
+    """The mean of the values with each code; a level that has none stays."""
+    sums, counts = torch.zeros_like(levels), torch.zeros_like(levels)
+    for part, code in zip(values.split(1 << 20), codes.split(1 << 20), strict=True):
+        sums.index_add_(0, code.int(), part.double())
+        counts += torch.bincount(code.int(), minlength=levels.numel())
+    return torch.where(counts > 0, sums / counts.clamp(min=1), levels)
+
+
+def nearest(values: Tensor, levels: Tensor) -> Tensor:
+    """Index of the level nearest to each value, uint8, shaped as `values`.
+
+    Args:
+        levels: ascending, at most 256.
+
+    Example:
+        >>> nearest(torch.tensor([0.2, -3.0, 0.9]), torch.tensor([-1.0, 0.0, 1.0])).tolist()
+        [1, 0, 2]
+    """
+    return _cut(values, (levels[1:] + levels[:-1]) / 2, torch.arange(levels.numel()))
+
+
+def _cut(values: Tensor, thresholds: Tensor, labels: Tensor) -> Tensor:
+    """`labels[j]` where the value lies between thresholds j − 1 and j; a little memory at a time."""
+    flat = values.detach().reshape(-1)
+    thresholds, labels = thresholds.to(values.device), labels.to(values.device, torch.uint8)
+    out = torch.empty(flat.numel(), dtype=torch.uint8, device=values.device)
+    for part, into in zip(flat.split(1 << 20), out.split(1 << 20), strict=True):
+        into.copy_(labels[torch.bucketize(part.double(), thresholds, out_int32=True)])
+    return out.view(values.shape)
+
+
+def penalised(values: Tensor, levels: Tensor, bits: Tensor, price: float) -> Tensor:
+    """Index minimising (value − level)² + price · bits of that level, uint8, shaped as `values`.
+
+    In one dimension each level wins on one interval or nowhere, so this is a search in sorted
+    thresholds, whatever the prices.
+
+    Args:
+        levels: float64 `[k]`, any order, at most 256.
+        bits: float64 `[k]`, what coding each level costs.
+        price: how much squared error a bit is worth, at least 0.
+
+    Example:
+        >>> levels, bits = torch.tensor([0.0, 1.0]).double(), torch.tensor([1.0, 5.0]).double()
+        >>> penalised(torch.tensor([0.6, 0.9]), levels, bits, 0.0).tolist()
+        [1, 1]
+        >>> penalised(torch.tensor([0.6, 0.9]), levels, bits, 0.1).tolist()
+        [0, 1]
+
+    Source: Chou, Lookabaugh, Gray, *Entropy-Constrained Vector Quantization*, 1989.
+    """
+    # v² is common to all, so level c is the line −2c·v + (c² + price·bits): a lower envelope.
+    costs = (levels**2 + price * bits).tolist()
+    winners: list[int] = []
+    starts: list[float] = []
+    for i in sorted(range(len(costs)), key=lambda i: (float(levels[i]), costs[i])):
+        if winners and levels[i] == levels[winners[-1]]:
+            continue
+        start = float("-inf")
+        while winners:
+            start = (costs[i] - costs[winners[-1]]) / float(2 * (levels[i] - levels[winners[-1]]))
+            if start > starts[-1]:
+                break
+            winners.pop()
+            starts.pop()
+            start = float("-inf")
+        winners.append(i)
+        starts.append(start)
+    thresholds = torch.tensor(starts[1:], dtype=torch.float64)
+    return _cut(values, thresholds, torch.tensor(winners))
+
+
+def entropy_codes(
+    values: Tensor, levels: Tensor, zeros: int, penalty: float, iterations: int = 50
+) -> tuple[Tensor, Tensor]:
+    """Levels and codes that trade squared error for coded bits, zero being one more symbol.
+
+    Minimises Σ (v − q(v))² / mean(v²) + penalty · Σ −log2 p(q(v)) by turns: codes, symbol
+    frequencies p, level means. Levels that nobody chooses are dropped. Code 0 is the value zero,
+    code i the level i − 1.
+
+    Args:
+        values: the weights that are not pruned, floating point, any shape.
+        levels: ascending starting levels, at most 255.
+        zeros: how many more symbols 0 there are: the pruned weights.
+        penalty: λ, relative squared error per bit; 0 gives nearest levels and no code 0.
+
+    Returns:
+        Levels, float64 ascending, and codes, uint8 shaped as `values`.
+
+    Example:
+        >>> values = torch.tensor([1.0, 1.1, 0.05, 1.0, -1.0])
+        >>> levels = torch.tensor([-1.0, 0.05, 1.0, 1.1])
+        >>> entropy_codes(values, levels, 20, penalty=0.02)[1].tolist()
+        [2, 2, 0, 2, 1]
+    """
+    if penalty < 0:
+        raise ConfigError(f"penalty is {penalty}: give 0 or more")
+    levels = levels.double()
+    if penalty == 0:
+        return levels, nearest(values, levels) + 1
+    price = penalty * float(values.double().square().mean())
+    codes = nearest(values, levels) + 1
+    for _ in range(iterations):
+        counts = torch.tensor(count_symbols(codes, levels.numel() + 1)).double()
+        used = counts[1:] > 0
+        counts[0] += zeros
+        means = _means(values.reshape(-1), codes.reshape(-1), torch.cat([counts[:1] * 0, levels]))
+        levels, counts = means[1:][used], torch.cat([counts[:1], counts[1:][used]])
+        # A symbol that does not occur yet would never be chosen: price it as if it did once.
+        bits = counts.sum().log2() - counts.clamp(min=1).log2()
+        moved = penalised(values, torch.cat([levels.new_zeros(1), levels]), bits, price)
+        stable = bool(used.all()) and torch.equal(moved, codes)
+        codes = moved
+        if stable:
+            break
+    return _compact(levels, codes)
+
+
+def _compact(levels: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop the levels without members and number the rest upwards."""
+    used = torch.tensor(count_symbols(codes, levels.numel() + 1))[1:] > 0
+    number = torch.cat([torch.zeros(1, dtype=torch.int64), used.cumsum(0) * used])
+    return levels[used], number.to(torch.uint8)[codes.int()]

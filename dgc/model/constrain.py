@@ -1,0 +1,231 @@
+"""Constraints on a parameter that hold whatever its optimizer does: masks and shared values.
+
+The parameter itself stays an ordinary `nn.Parameter`, so optimizers, `named_parameters` and
+state-dict keys are what they were. A constraint is enforced in three places:
+
+- a gradient hook, before the gradient is accumulated (so DDP reduces the constrained gradient);
+- after the `step` of any `torch.optim.Optimizer` (momentum gathered earlier and weight decay);
+- before each forward pass and each `state_dict`, for optimizers of any other kind.
+
+What defines the constraint is a buffer of the module that owns the parameter, so `state_dict`,
+`.to(device)`, DDP and `deepcopy` carry it. Tensor hooks are not carried by `deepcopy` or pickle;
+the forward hook, which is, installs them on the copy's own parameter.
+"""
+
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from dgc.errors import ConfigError
+
+# Which module constrains a parameter: found again on every forward pass, so only a cache.
+_owners: Any = WeakIdKeyDictionary()
+_step_hook: list[Any] = []
+
+
+class Constraint:
+    """What the parameter `name` of its module must satisfy; the module is handed in, not held.
+
+    Subclasses say which buffer they keep (`suffix`), what happens to a gradient and how values are
+    brought back in place.
+    """
+
+    suffix = ""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @property
+    def buffer_name(self) -> str:
+        """The buffer of the owning module that defines this constraint."""
+        return f"{self.name}_{self.suffix}"
+
+    def buffer(self, module: nn.Module) -> Tensor:
+        return module.get_buffer(self.buffer_name)
+
+    def gradient(self, buffer: Tensor, grad: Tensor) -> Tensor:
+        """The gradient, shaped as the parameter, that keeps the constraint under SGD."""
+        raise NotImplementedError
+
+    def project_(self, buffer: Tensor, values: Tensor) -> None:
+        """Overwrite `values` with the nearest that satisfy the constraint; idempotent."""
+        raise NotImplementedError
+
+    def __call__(self, module: nn.Module, _inputs: Any = None) -> None:
+        """Forward pre-hook of the owning module."""
+        self.bind(module)
+        self.enforce_(module)
+
+    def before_state_dict(self, module: nn.Module, *_: Any) -> None:
+        """State-dict pre-hook of the owning module."""
+        self.enforce_(module)
+
+    def enforce_(self, module: nn.Module) -> None:
+        """Overwrite the parameter with its projection."""
+        # Through .data: the projection changes nothing that a pending backward pass has read
+        # (it is idempotent), and so must not look to autograd as if it did.
+        self.project_(self.buffer(module), module.get_parameter(self.name).data)
+
+    def bind(self, module: nn.Module) -> None:
+        """Hook the gradient of the parameter, once."""
+        parameter = module.get_parameter(self.name)
+        owner = _owners.get(parameter)
+        if owner is not None and owner[0]() is module and owner[1] is self:
+            return
+        if owner is not None:
+            owner[2].remove()
+        _install_step_hook()
+        weak = ref(module)
+
+        def constrain(grad: Tensor) -> Tensor:
+            live = weak()
+            return grad if live is None else self.gradient(self.buffer(live), grad)
+
+        handle = parameter.register_hook(constrain) if parameter.requires_grad else _NoHandle()
+        _owners[parameter] = (weak, self, handle)
+
+    def install(self, module: nn.Module, buffer: Tensor) -> None:
+        """Constrain `module`'s parameter, replacing any earlier constraint on it."""
+        remove(module, self.name)
+        module.register_buffer(self.buffer_name, buffer)
+        module.register_forward_pre_hook(self)
+        module.register_state_dict_pre_hook(self.before_state_dict)
+        self(module)
+
+
+class _NoHandle:
+    def remove(self) -> None:
+        """A frozen parameter has no gradient to hook."""
+
+
+class Binder:
+    """Forward pre-hook of the root: reaches modules whose own `forward` is never called.
+
+    `nn.MultiheadAttention` reads its output projection's weight without calling it.
+    """
+
+    def __call__(self, module: nn.Module, _inputs: Any = None) -> None:
+        for owner, constraint in constrained(module):
+            constraint.bind(owner)
+
+
+def bind_root(model: nn.Module) -> None:
+    """Let every forward pass of `model` look after the constraints inside it."""
+    if not any(isinstance(hook, Binder) for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(Binder())
+
+
+def _install_step_hook() -> None:
+    if not _step_hook:
+        _step_hook.append(register_optimizer_step_post_hook(_after_step))
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            owner = _owners.get(parameter)
+            module = owner[0]() if owner is not None else None
+            if module is not None:
+                owner[1].enforce_(module)
+
+
+def constrained(model: nn.Module) -> list[tuple[nn.Module, Constraint]]:
+    """Every (owning module, constraint) inside `model`."""
+    return [
+        (module, hook)
+        for module in model.modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, Constraint)
+    ]
+
+
+def constraint_of(module: nn.Module, name: str) -> Constraint | None:
+    """The constraint on `module`'s own parameter `name`, if any."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, Constraint) and hook.name == name:
+            return hook
+    return None
+
+
+def remove(module: nn.Module, name: str) -> None:
+    """Lift the constraint on `module`'s own parameter `name`, if any; values stay."""
+    constraint = constraint_of(module, name)
+    if constraint is None:
+        return
+    constraint.enforce_(module)
+    for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if hook is constraint or getattr(hook, "__self__", None) is constraint:
+                del hooks[key]
+    delattr(module, constraint.buffer_name)
+    owner = _owners.pop(module.get_parameter(name), None)
+    if owner is not None:
+        owner[2].remove()
+
+
+def release(model: nn.Module) -> None:
+    """Lift every constraint in `model`: weights keep their values and train freely again.
+
+    Example:
+        >>> from dgc.model import prune
+        >>> layer = prune(nn.Linear(4, 2, bias=False), density=0.5)
+        >>> release(layer)
+        >>> list(layer.state_dict())
+        ['weight']
+    """
+    for module, constraint in constrained(model):
+        remove(module, constraint.name)
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, Binder):
+            del model._forward_pre_hooks[key]
+
+
+def weights_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Full name → (owning module, own name) of each distinct parameter of two or more dimensions.
+
+    These are what `prune` and `share` act on unless told otherwise: biases and norms are few, and
+    worth their bits.
+
+    Example:
+        >>> list(weights_of(nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2))))
+        ['0.weight']
+    """
+    return {
+        name: _owner(model, name)
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 2 and parameter.is_floating_point()
+    }
+
+
+def choose(
+    model: nn.Module, setting: float | int | dict[str, Any], what: str
+) -> dict[str, tuple[nn.Module, str, Any]]:
+    """Full name → (owner, own name, setting): a number is for all weights, a dict for those named.
+
+    A layer's name (`"fc1"`) stands for its weight (`"fc1.weight"`).
+
+    Raises:
+        ConfigError: if a name is not a parameter of `model`.
+    """
+    if not isinstance(setting, dict):
+        weights = weights_of(model)
+        if not weights:
+            raise ConfigError(f"no parameter of two or more dimensions: give {what} by name")
+        return {name: (*owner, setting) for name, owner in weights.items()}
+    names = dict(model.named_parameters())
+    chosen = {}
+    for given, value in setting.items():
+        name = given if given in names else f"{given}.weight"
+        if name not in names:
+            raise ConfigError(f"no parameter {given!r} for {what}: the model has {sorted(names)}")
+        chosen[name] = (*_owner(model, name), value)
+    return chosen
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, own = name.rpartition(".")
+    return model.get_submodule(path), own

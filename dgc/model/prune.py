@@ -1,0 +1,217 @@
+"""Magnitude pruning: masks that survive the optimizer, schedules and penalties to get there.
+
+Source: Han, Pool, Tran, Dally, *Learning both Weights and Connections*, arXiv 1506.02626; the
+cubic schedule is Zhu and Gupta's, arXiv 1710.01878.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dgc.core.select import num_selected, select_topk
+from dgc.errors import ConfigError
+from dgc.model.constrain import Constraint, bind_root, choose, constraint_of, weights_of
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Mask(Constraint):
+    """Weights that are not kept are zero; the buffer `<name>_mask` is bool, true where kept."""
+
+    suffix = "mask"
+
+    def gradient(self, buffer: Tensor, grad: Tensor) -> Tensor:
+        return grad.masked_fill(~buffer, 0)
+
+    def project_(self, buffer: Tensor, values: Tensor) -> None:
+        values.masked_fill_(~buffer, 0)
+
+
+def prune(model: Model, density: float | dict[str, float] = 0.1, *, scope: str = "layer") -> Model:
+    """Keep the largest weights by magnitude and hold the others at zero from now on.
+
+    Pruned again, a weight that is already pruned stays so: lower the density step by step and
+    retrain between. Whatever the optimizer does, masks hold (`dgc.model.constrain`). In a model
+    wrapped by DDP prune `ddp.module`: the masks then follow from equal weights on all ranks and
+    are never sent. Pruned before wrapping, they are buffers that DDP broadcasts.
+
+    Args:
+        model: changed in place. Biases and other one-dimensional parameters are kept whole
+            unless named.
+        density: share of weights kept, in (0, 1], for all or by layer or parameter name.
+        scope: `"layer"`, each weight tensor to its own density; `"global"`, one number for all
+            of them together, so that layers compete.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ConfigError: if a density is out of range, a name unknown or the scope neither.
+
+    Example:
+        >>> layer = nn.Linear(3, 1, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[0.5, -2.0, 1.0]]))
+        >>> prune(layer, density=0.6).weight.tolist()
+        [[0.0, -2.0, 1.0]]
+    """
+    chosen = choose(model, density, "density")
+    for name, (_, _, share) in chosen.items():
+        if not 0 < share <= 1:
+            raise ConfigError(f"density of {name} is {share}: give a number in (0, 1]")
+    if scope == "global":
+        if isinstance(density, dict):
+            raise ConfigError("a global density is one number: scope='layer' takes a dict")
+        masks = _global_masks(
+            {n: m.get_parameter(own) for n, (m, own, _) in chosen.items()}, density
+        )
+    elif scope == "layer":
+        masks = {n: _top(m.get_parameter(own), share) for n, (m, own, share) in chosen.items()}
+    else:
+        raise ConfigError(f"scope is {scope!r}: 'layer' or 'global'")
+    for name, (module, own, _) in chosen.items():
+        apply_mask(module, own, masks[name])
+    bind_root(model)
+    return model
+
+
+def _top(weight: Tensor, density: float) -> Tensor:
+    kept = select_topk(weight, num_selected(weight.numel(), density)).indices
+    mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+    mask[kept] = True
+    return mask.view(weight.shape)
+
+
+def _global_masks(weights: dict[str, Tensor], density: float) -> dict[str, Tensor]:
+    every = torch.cat([weight.detach().reshape(-1) for weight in weights.values()])
+    parts = _top(every, density).split([weight.numel() for weight in weights.values()])
+    return {n: p.view(w.shape) for (n, w), p in zip(weights.items(), parts, strict=True)}
+
+
+def apply_mask(module: nn.Module, name: str, kept: Tensor) -> None:
+    """Hold `module`'s parameter `name` at zero wherever bool `kept` is false, or was before."""
+    earlier = constraint_of(module, name)
+    if isinstance(earlier, Mask):
+        kept = kept & earlier.buffer(module)
+    elif earlier is not None:
+        raise ConfigError(f"{name} already has shared values: prune before share, or release first")
+    Mask(name).install(module, kept.clone())
+
+
+def prune_by_std(model: Model, quality: float | dict[str, float]) -> Model:
+    """Prune the weights below `quality` standard deviations of their layer's kept weights.
+
+    Args:
+        model: changed in place.
+        quality: threshold / standard deviation, 0 or more, for all or by name.
+
+    Returns:
+        `model`.
+
+    Example:
+        >>> layer = nn.Linear(4, 1, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[0.1, -2.0, 2.0, 0.3]]))
+        >>> prune_by_std(layer, 1.0).weight.tolist()
+        [[0.0, -2.0, 2.0, 0.0]]
+
+    Source: Han et al., arXiv 1506.02626, section 3.
+    """
+    for name, (module, own, share) in choose(model, quality, "quality").items():
+        if share < 0:
+            raise ConfigError(f"quality of {name} is {share}: give 0 or more")
+        weight = module.get_parameter(own).detach()
+        earlier = constraint_of(module, own)
+        alive = weight[earlier.buffer(module)] if isinstance(earlier, Mask) else weight
+        apply_mask(module, own, weight.abs() >= share * alive.std(correction=0))
+    bind_root(model)
+    return model
+
+
+def import_masks(model: Model) -> Model:
+    """Take over the masks of `torch.nn.utils.prune`, which are removed from `model`.
+
+    Example:
+        >>> import torch.nn.utils.prune as torch_prune
+        >>> layer = torch_prune.l1_unstructured(nn.Linear(4, 1), "weight", amount=3)
+        >>> sorted(import_masks(layer).state_dict())
+        ['bias', 'weight', 'weight_mask']
+    """
+    from torch.nn.utils import prune as torch_prune
+
+    for module in list(model.modules()):
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, torch_prune.BasePruningMethod):
+                name = hook._tensor_name
+                kept = module.get_buffer(f"{name}_mask") != 0
+                torch_prune.remove(module, name)
+                apply_mask(module, name, kept)
+    bind_root(model)
+    return model
+
+
+def densities(model: nn.Module) -> dict[str, float]:
+    """Share of non-zero weights in each weight tensor.
+
+    Example:
+        >>> densities(prune(nn.Linear(4, 2), density=0.5))
+        {'weight': 0.5}
+    """
+    return {
+        name: float((module.get_parameter(own) != 0).double().mean())
+        for name, (module, own) in weights_of(model).items()
+    }
+
+
+def cubic_density(step: int, begin: int, end: int, final: float, initial: float = 1.0) -> float:
+    """Density at `step`: `initial` until `begin`, then final + (initial − final)·(1 − t)³.
+
+    t runs from 0 at `begin` to 1 at `end`: quickly at first, while redundant weights abound.
+
+    Example:
+        >>> [cubic_density(step, 0, 10, final=0.0) for step in (0, 5, 10, 99)]
+        [1.0, 0.125, 0.0, 0.0]
+
+    Source: Zhu and Gupta, arXiv 1710.01878, equation 1.
+    """
+    if not 0 <= begin < end:
+        raise ConfigError(f"a schedule from step {begin} to {end}: give 0 <= begin < end")
+    t = min(1.0, max(0.0, (step - begin) / (end - begin)))
+    return final + (initial - final) * (1 - t) ** 3
+
+
+def prune_iteratively(
+    model: Model, steps: Iterable[float | dict[str, float]], retrain: Callable[[Model], object]
+) -> Model:
+    """Prune to each density in turn and call `retrain(model)` after each.
+
+    Example:
+        >>> seen = []
+        >>> _ = prune_iteratively(
+        ...     nn.Linear(4, 2), [0.5, 0.25], lambda m: seen.append(densities(m)["weight"])
+        ... )
+        >>> seen
+        [0.5, 0.25]
+    """
+    for density in steps:
+        prune(model, density)
+        retrain(model)
+    return model
+
+
+def l1_penalty(model: nn.Module) -> Tensor:
+    """Σ |w| over the weights that `prune` acts on, a scalar to add to the loss.
+
+    Drives weights to zero; after pruning, retraining with L2 is more accurate (arXiv 1506.02626,
+    section 3.1).
+    """
+    return torch.stack([_weight(pair).abs().sum() for pair in weights_of(model).values()]).sum()
+
+
+def l2_penalty(model: nn.Module) -> Tensor:
+    """Σ w² over the weights that `prune` acts on, a scalar to add to the loss."""
+    return torch.stack([_weight(pair).square().sum() for pair in weights_of(model).values()]).sum()
+
+
+def _weight(pair: tuple[nn.Module, str]) -> Tensor:
+    return pair[0].get_parameter(pair[1])

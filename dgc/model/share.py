@@ -1,0 +1,134 @@
+"""Shared weights: every weight of a layer is zero or one of a few values, which keep training.
+
+Source: Han, Mao, Dally, *Deep Compression*, arXiv 1510.00149, section 3.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dgc.core import codebook
+from dgc.errors import ConfigError
+from dgc.model.constrain import Constraint, bind_root, choose
+
+Model = TypeVar("Model", bound=nn.Module)
+
+STARTS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "kmeans": codebook.kmeans_levels,
+    "linear": lambda values, k: codebook.lloyd(values, codebook.linear_levels(values, k)),
+    "density": lambda values, k: codebook.lloyd(values, codebook.density_levels(values, k)),
+    "random": lambda values, k: codebook.lloyd(values, codebook.random_levels(values, k)),
+}
+"""Where levels come from: the exact optimum, or Lloyd's iterations from the paper's three starts."""
+
+
+class Shared(Constraint):
+    """Equal codes have equal values; the buffer `<name>_codes` is uint8, code 0 is zero.
+
+    The value of a code is learnt: each member's gradient is replaced by the sum over the members,
+    ∂L/∂c = Σ_{i: code_i = c} ∂L/∂w_i, so any elementwise optimizer moves them all alike.
+    """
+
+    suffix = "codes"
+
+    def gradient(self, buffer: Tensor, grad: Tensor) -> Tensor:
+        codes = buffer.reshape(-1).int()
+        sums = torch.zeros(256, dtype=torch.promote_types(grad.dtype, torch.float32)).to(
+            grad.device
+        )
+        sums.index_add_(0, codes, grad.reshape(-1).to(sums.dtype))
+        sums[0] = 0
+        return sums.to(grad.dtype)[codes].view_as(grad)
+
+    def project_(self, buffer: Tensor, values: Tensor) -> None:
+        codes, flat = buffer.reshape(-1).int(), values.reshape(-1)
+        levels = levels_of(codes, flat)
+        # The mean difference from one member is exactly zero when all agree, so that projecting
+        # twice changes no bit; it is not when an optimizer's older momentum moved them apart.
+        sums = levels.new_zeros(256).index_add_(0, codes, flat - levels[codes])
+        means = levels + sums / torch.bincount(codes, minlength=256).clamp(min=1).to(sums.dtype)
+        means[0] = 0
+        values.copy_(means[codes].view_as(values))
+
+
+def levels_of(codes: Tensor, values: Tensor) -> Tensor:
+    """The value of some member of each code, `[256]`; zero for code 0 and codes without members."""
+    levels = values.new_zeros(256)
+    levels[codes.reshape(-1).int()] = values.reshape(-1)
+    levels[0] = 0
+    return levels
+
+
+def share(
+    model: Model,
+    bits: int | dict[str, int] = 5,
+    *,
+    init: str = "kmeans",
+    penalty: float | dict[str, float] = 0.0,
+) -> Model:
+    """Replace each weight by zero or one of 2^bits − 1 learnt values of its layer.
+
+    Weights that are zero stay zero. Retrain with any loop afterwards: values learn by the gradient
+    summed over their members, codes stay. Optimizers keep working; one made afresh carries no
+    momentum from before.
+
+    Args:
+        model: changed in place; masks of `prune` become code 0.
+        bits: 1 to 8, for all weights or by layer or parameter name.
+        init: `"kmeans"` (optimal), `"linear"`, `"density"` or `"random"`.
+        penalty: λ ≥ 0: squared error, relative to the mean square, worth one coded bit. Around
+            0.001 to 0.03 it drops rare values and prunes further; 0 takes the nearest value.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ConfigError: if bits, init or penalty is out of range or a name unknown.
+
+    Example:
+        >>> layer = nn.Linear(4, 1, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, 5.0, 3.0, 0.0]]))
+        >>> share(layer, bits=1).weight.tolist()
+        [[3.0, 3.0, 3.0, 0.0]]
+        >>> layer.weight.sum().backward()
+        >>> layer.weight.grad.tolist()
+        [[3.0, 3.0, 3.0, 0.0]]
+
+    Source: arXiv 1510.00149, section 3.3 for the gradient; the penalty is Chou, Lookabaugh, Gray,
+    *Entropy-Constrained Vector Quantization*, 1989.
+    """
+    if init not in STARTS:
+        raise ConfigError(f"init is {init!r}: one of {sorted(STARTS)}")
+    for name, (module, own, width) in choose(model, bits, "bits").items():
+        if width not in range(1, 9):
+            raise ConfigError(f"bits of {name} is {width}: give 1 to 8")
+        weight = module.get_parameter(own).detach()
+        codes, levels = quantise(weight, width, init, _penalty_of(penalty, name))
+        weight.copy_(levels.to(weight.dtype)[codes.int()].view_as(weight))
+        Shared(own).install(module, codes)
+    bind_root(model)
+    return model
+
+
+def _penalty_of(penalty: float | dict[str, float], name: str) -> float:
+    if not isinstance(penalty, dict):
+        return penalty
+    return penalty.get(name, penalty.get(name.removesuffix(".weight"), 0.0))
+
+
+def quantise(weight: Tensor, bits: int, init: str, penalty: float) -> tuple[Tensor, Tensor]:
+    """Codes, uint8 shaped as `weight`, and the value of each code, `[256]`, on its device."""
+    alive = weight != 0
+    values = weight[alive]
+    codes = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
+    table = torch.zeros(256, dtype=torch.float64, device=weight.device)
+    if values.numel():
+        start = STARTS[init](values, 2**bits - 1)
+        start = start[start != 0].unique()
+        zeros = weight.numel() - values.numel()
+        levels, chosen = codebook.entropy_codes(values.cpu(), start, zeros, penalty)
+        codes[alive] = chosen.to(weight.device)
+        table[1 : 1 + levels.numel()] = levels.to(weight.device)
+    return codes, table
