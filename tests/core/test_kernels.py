@@ -1,7 +1,9 @@
 """Every implementation gives the reference's bits; the reference is held to slow float64 loops."""
 
+import math
 import os
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -87,3 +89,161 @@ def test_reference_selects_by_magnitude_and_first_of_equals() -> None:
         assert torch.equal(sparse.values, dense[sparse.indices])
         if dense.numel() > 2000:
             break
+
+
+def slow_update(g: float, u: float, v: float, row: list[float]) -> tuple[float, float]:
+    momentum, gain, lr, nesterov = row
+    entered = gain * g
+    if nesterov:
+        u = momentum * (u + entered)
+        return u, v + lr * (u + entered)
+    u = momentum * u + entered
+    return u, v + lr * u
+
+
+def gradients(seed: int) -> list[Tensor]:
+    return [grad.clone() for grad in LAYOUT.split(gaussian(seed))]
+
+
+def test_reference_update_follows_the_formula() -> None:
+    layout = Layout.of([3, 2])
+    u, v = torch.tensor([0.5, -1, 2, 3, 0]), torch.tensor([1.0, 2, 3, 4, 5])
+    grads = [torch.tensor([0.25, -0.5, 4]), torch.tensor([1.5, -3])]
+    rows = torch.tensor([[0.9, 0.5, 0.1, 0.0], [0.8, 2.0, 3.0, 1.0]])
+    flat = torch.cat(grads).tolist()
+    owners = [0, 0, 0, 1, 1]
+    expected = [
+        slow_update(flat[i], u[i].item(), v[i].item(), rows[owners[i]].tolist()) for i in range(5)
+    ]
+    assert reference.accumulate_(grads, u, v, layout, rows)
+    torch.testing.assert_close(u.double(), torch.tensor([e[0] for e in expected]).double())
+    torch.testing.assert_close(v.double(), torch.tensor([e[1] for e in expected]).double())
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+def test_update_equals_the_reference_to_the_bit(momentum: bool, threads: int) -> None:
+    states = []
+    for module in (reference, cpu):
+        u, v = gaussian(3) if momentum else None, gaussian(4)
+        for step in range(2):
+            assert module.accumulate_(gradients(step), u, v, LAYOUT, ROWS)
+        states.append((u, v))
+    (u, v), (u_cpu, v_cpu) = states
+    assert torch.equal(v, v_cpu)
+    assert not momentum or torch.equal(u, u_cpu)
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+def test_fused_step_equals_the_reference_to_the_bit(momentum: bool, threads: int) -> None:
+    states = []
+    for module in (reference, cpu):
+        u, v = gaussian(3) if momentum else None, gaussian(4)
+        thresholds = torch.zeros(len(NUMELS))
+        batches = []
+        for step in range(6):
+            # From one step to the next the gradients grow or shrink a thousandfold, or vanish.
+            scale = (1.0, 1.0, 1e3, 1.0, 1e-3, 0.0)[step]
+            grads = [grad * scale for grad in gradients(step)]
+            finite, batch = module.accumulate_select_(grads, u, v, LAYOUT, ROWS, COUNTS, thresholds)
+            assert finite
+            module.release_(u, v, LAYOUT, batch, batch.values * 0.75)
+            batches.append(batch)
+        states.append((u, v, batches))
+    (u, v, batches), (u_cpu, v_cpu, batches_cpu) = states
+    for batch, batch_cpu in zip(batches, batches_cpu, strict=True):
+        same_batch(batch_cpu, batch)
+    assert torch.equal(v, v_cpu)
+    assert not momentum or torch.equal(u, u_cpu)
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e-3])
+def test_a_sudden_change_of_scale_changes_nothing(scale: float) -> None:
+    thresholds = torch.zeros(len(NUMELS))
+    cpu.select_(gaussian(1), LAYOUT, COUNTS, thresholds)
+    v = gaussian(2, scale)
+    expected = reference.select_(v, LAYOUT, COUNTS, None)
+    same_batch(cpu.select_(v, LAYOUT, COUNTS, thresholds), expected)
+
+
+@pytest.mark.parametrize("module", [reference, cpu])
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("tensor", [0, 4, 7])
+def test_nothing_enters_if_an_element_is_not_finite(
+    module: ModuleType, bad: float, tensor: int, threads: int
+) -> None:
+    u, v, thresholds = gaussian(3), gaussian(4), torch.full((len(NUMELS),), 0.5)
+    grads = gradients(5)
+    grads[tensor][-1] = bad
+    finite, batch = module.accumulate_select_(grads, u, v, LAYOUT, ROWS, COUNTS, thresholds)
+    assert not finite
+    assert batch.counts == (0,) * len(NUMELS)
+    assert batch.indices.numel() == batch.values.numel() == 0
+    assert torch.equal(u, gaussian(3))
+    assert torch.equal(v, gaussian(4))
+    assert thresholds.tolist() == [0.5] * len(NUMELS)
+
+
+@pytest.mark.parametrize("masking", [True, False])
+def test_release_keeps_what_was_not_sent(masking: bool) -> None:
+    u, v = gaussian(3), gaussian(4)
+    batch = kernels.select_(v, LAYOUT, COUNTS, None)
+    kernels.release_(u, v, LAYOUT, batch, batch.values * 0.5, masking)
+    starts = torch.tensor(LAYOUT.offsets[:-1]).repeat_interleave(torch.tensor(batch.counts))
+    chosen = torch.zeros_like(v, dtype=torch.bool)
+    chosen[batch.indices + starts] = True
+    assert torch.equal(v, torch.where(chosen, gaussian(4) * 0.5, gaussian(4)))
+    assert torch.equal(u, gaussian(3).masked_fill(chosen & masking, 0.0))
+
+
+def test_gradients_of_any_layout_and_dtype() -> None:
+    layout = Layout.of([6, 6, 6])
+    base = torch.arange(6.0).reshape(2, 3) - 2
+    grads = [base.t().contiguous().t(), base.bfloat16(), base.half().requires_grad_()]
+    v = torch.zeros(18)
+    assert kernels.accumulate_(grads, None, v, layout, torch.ones(3, 4))
+    assert torch.equal(v, base.flatten().repeat(3))
+
+
+def test_squared_norm_is_the_same_for_any_number_of_threads(threads: int) -> None:
+    grads = gradients(6)
+    norm = kernels.squared_norm(grads)
+    assert norm == pytest.approx(reference.squared_norm(grads), rel=1e-12)
+    torch.set_num_threads(3)
+    assert kernels.squared_norm(grads) == norm
+    grads[3][2] = float("nan")
+    assert math.isnan(kernels.squared_norm(grads))
+
+
+def test_an_empty_bucket_and_empty_tensors() -> None:
+    layout = Layout.of([0, 2, 0])
+    v = torch.tensor([1.0, -2.0])
+    thresholds = torch.zeros(3)
+    for _ in range(2):
+        batch = kernels.select_(v, layout, [0, 1, 0], thresholds)
+        assert (batch.counts, batch.indices.tolist()) == ((0, 1, 0), [1])
+    assert kernels.select_(torch.empty(0), Layout.of([]), [], None).counts == ()
+
+
+def test_threads_work_in_a_forked_process() -> None:
+    v = gaussian(1)
+    cpu.select_(v, LAYOUT, COUNTS, None)
+    pid = os.fork()
+    if pid == 0:
+        ok = cpu.select_(v, LAYOUT, COUNTS, None).counts == COUNTS
+        os._exit(0 if ok else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_remembered_thresholds_leave_few_tensors_to_collect_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    again: list[int] = []
+    exactly = cpu._collect_exactly
+    monkeypatch.setattr(
+        cpu, "_collect_exactly", lambda b, t: (again.append(t.size), exactly(b, t))[1]
+    )
+    u, v, thresholds = torch.zeros(LAYOUT.offsets[-1]), gaussian(0), torch.zeros(len(NUMELS))
+    for step in range(40):
+        _, batch = cpu.accumulate_select_(gradients(step), u, v, LAYOUT, ROWS, COUNTS, thresholds)
+        cpu.release_(u, v, LAYOUT, batch, batch.values)
+    assert sum(again) <= 0.1 * 40 * len(NUMELS)

@@ -153,11 +153,13 @@ def _guessed(bucket: _Bucket) -> Bits:
     if bucket.thresholds.size:
         known = (bucket.thresholds > 0) & (bucket.wanted > 0)
         low[known] = bucket.thresholds.view(np.int32)[known]
+        # One that is wanted nearly whole passes whole, zeros excepted, whatever its scale.
+        low[(bucket.targets == bucket.layout.numels) & (bucket.wanted > 0)] = 1
     return low
 
 
 def _limits(bucket: _Bucket) -> Ints:
-    return 4 * bucket.wanted + cpu_sweep.BLOCK
+    return 8 * bucket.wanted + cpu_sweep.BLOCK
 
 
 def _collect(bucket: _Bucket, low: Bits, addresses: Ints, u: Floats, rows: Floats) -> _Candidates:

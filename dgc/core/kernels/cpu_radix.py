@@ -83,10 +83,10 @@ def _guess(candidates: Any, kept: Any, wanted: int, target: int) -> Any:
         bits = np.array([kth_largest(magnitudes(candidates), target)], np.int32)
         return bits.view(np.float32)[0]
     smallest = np.float64(np.abs(candidates).min())
-    drop = 0.05 * smallest
+    drop = 0.02 * smallest
     if n > kept.size:
         scale = (np.float64(np.abs(kept).min()) - smallest) / np.log(n / kept.size)
-        drop = max(drop, min(0.5 * smallest, scale * np.log(target / n)))
+        drop = min(0.5 * smallest, scale * np.log(target / n))
     return np.float32(smallest - drop)
 
 
