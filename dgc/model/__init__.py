@@ -1,6 +1,7 @@
 """The final model: prune, share, encode, one small file."""
 
 from dgc.model.constrain import release, weights_of
+from dgc.model.file import export, inspect, load, read_state, save, save_state
 from dgc.model.prune import (
     cubic_density,
     densities,
@@ -16,13 +17,19 @@ from dgc.model.share import share
 __all__ = [
     "cubic_density",
     "densities",
+    "export",
     "import_masks",
+    "inspect",
     "l1_penalty",
     "l2_penalty",
+    "load",
     "prune",
     "prune_by_std",
     "prune_iteratively",
+    "read_state",
     "release",
+    "save",
+    "save_state",
     "share",
     "weights_of",
 ]

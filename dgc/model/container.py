@@ -1,0 +1,152 @@
+"""The safetensors container of docs/file.md: named byte ranges, a version and a hash."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dgc.errors import FileError
+
+MAX_HEADER_BYTES = 100_000_000
+"""As in safetensors itself."""
+MAX_TENSORS = 1_000_000
+VERSION = "1"
+CODED = ".dgc"
+"""Ends the name of an entry that is a record of `dgc.model.layer`; other entries are plain."""
+
+_START = b'{"__metadata__":{"dgc":"' + VERSION.encode() + b'","hash":"'
+_HASH_CHARS = 32
+_HASH_AT = 8 + len(_START)
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+class Entry(NamedTuple):
+    """One tensor of the container: bytes with a dtype's name and a shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+def pack(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
+    """The file: header, then the entries' bytes, widest dtype first so that all are aligned."""
+    order = sorted(entries, key=lambda name: -DTYPES[entries[name].dtype].itemsize)
+    meta = {"dgc": VERSION, "hash": "0" * _HASH_CHARS, **metadata}
+    header: dict[str, Any] = {"__metadata__": meta}
+    at = 0
+    for name in order:
+        dtype, shape, data = entries[name]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    raw = b"".join([len(text).to_bytes(8, "little"), text, *(entries[n].data for n in order)])
+    return raw[:_HASH_AT] + _digest(raw) + raw[_HASH_AT + _HASH_CHARS :]
+
+
+def _digest(raw: bytes) -> bytes:
+    """BLAKE2b-128, in hex, of the whole file but the hash itself."""
+    hasher = hashlib.blake2b(raw[:_HASH_AT], digest_size=_HASH_CHARS // 2)
+    hasher.update(memoryview(raw)[_HASH_AT + _HASH_CHARS :])
+    return hasher.hexdigest().encode()
+
+
+def unpack(raw: bytes) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Entries and metadata of a file, checked: its hash, names, types, sizes and layout.
+
+    Raises:
+        FileError: if `raw` is not exactly a file that `pack` can write.
+    """
+    size = int.from_bytes(raw[:8], "little")
+    if not raw[8:].startswith(_START):
+        raise FileError("not a compressed model of this version: it does not start as one")
+    if size > min(MAX_HEADER_BYTES, len(raw) - 8) or size < len(_START) + _HASH_CHARS:
+        raise FileError(f"a header of {size} bytes in a file of {len(raw)}: it is cut short")
+    if raw[_HASH_AT : _HASH_AT + _HASH_CHARS] != _digest(raw):
+        raise FileError("the hash does not match: the file is damaged or was changed")
+    header = _parse(raw[8 : 8 + size])
+    metadata = header.pop("__metadata__")
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FileError("metadata are not strings: the file is damaged")
+    if len(header) > MAX_TENSORS:
+        raise FileError(f"{len(header)} tensors: at most {MAX_TENSORS}")
+    entries, at = {}, 0
+    for name, fields in header.items():
+        entries[name], at = _entry(name, fields, raw, 8 + size, at)
+    if 8 + size + at != len(raw):
+        raise FileError("the tensors do not fill the file: it is damaged")
+    return entries, metadata
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({key for key, _ in pairs}) != len(pairs):
+            raise FileError("a name occurs twice in the header: the file is damaged")
+        return dict(pairs)
+
+    try:
+        header = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"the header is not JSON ({error}): the file is damaged") from error
+    assert isinstance(header, dict)  # it starts with `{`
+    return header
+
+
+def _entry(name: str, fields: Any, raw: bytes, base: int, at: int) -> tuple[Entry, int]:
+    if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
+        raise FileError(f"the header entry of {name!r} is malformed: the file is damaged")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise FileError(f"{name!r} has the unknown dtype {dtype!r}")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > 16:
+        raise FileError(f"the shape or offsets of {name!r} are malformed: the file is damaged")
+    numel = 1
+    for n in shape:
+        numel *= n
+    end = at + numel * DTYPES[dtype].itemsize
+    if offsets != [at, end] or base + end > len(raw):
+        raise FileError(f"{name!r} does not lie where its shape says: the file is damaged")
+    return Entry(dtype, tuple(shape), raw[base + at : base + end]), end
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in value)
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write a sibling, flush it to disk and rename it: `path` is the old file or the whole new."""
+    path = Path(path)
+    sibling = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(sibling, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(sibling, path)
+    except BaseException:
+        sibling.unlink(missing_ok=True)
+        raise
+    if sys.platform != "win32":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

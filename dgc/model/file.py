@@ -1,0 +1,348 @@
+"""A model ↔ one small file: `save`, `load`, `export`. The bytes are described in docs/file.md."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dgc.errors import ConfigError, FileError, StateError
+from dgc.model import container, report
+from dgc.model.bytes import Reader
+from dgc.model.constrain import constrained, release
+from dgc.model.container import CODED, Entry
+from dgc.model.layer import CODERS, DTYPES, Decoder, Head, Layer, encode_layers, read_head
+from dgc.model.prune import Mask
+from dgc.model.share import Shared
+
+MAX_EXPANSION = 4096
+"""Without a model to compare with, a file may decode to this many times its own bytes, or to
+`FREE_BYTES` if that is more."""
+FREE_BYTES = 1 << 26
+MIN_CODED_NUMEL = 64  # below this a record costs more than it saves
+MAX_CODED_DENSITY = 0.9  # above this, leaving zeros out costs more than it saves
+
+State = dict[str, Tensor]
+
+
+def save(
+    model: nn.Module, path: str | Path, *, coder: str = "ans", half: bool = False
+) -> report.Report:
+    """Write `model` as one compressed file and say what every byte of it is for.
+
+    Weight tensors of at most 255 distinct non-zero values (see `share`) are coded as symbols, zero
+    being one more; others of which a tenth or more is zero as places and values; the rest, biases,
+    norms and buffers, are stored as they are. Nothing is rounded unless `half`.
+
+    Args:
+        model: its `state_dict` is saved; it is not changed, but for pruned or shared weights that
+            an unusual optimizer moved, which are first put back in place.
+        path: written to a sibling that is then renamed.
+        coder: `"ans"`, or `"huffman"` as in the paper (larger).
+        half: store biases, norms, floating buffers and codebooks in 16 bits.
+
+    Returns:
+        A table, to print; `.file_bytes` is the size of the file.
+
+    Raises:
+        ConfigError: if the coder is unknown or the model's state holds what a file cannot.
+
+    Example:
+        >>> import tempfile, dgc.model
+        >>> model = dgc.model.share(dgc.model.prune(nn.Linear(100, 50), density=0.1), bits=3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = save(model, f"{folder}/small.dgc")
+        ...     assert report.file_bytes == Path(f"{folder}/small.dgc").stat().st_size
+        ...     twin = load(nn.Linear(100, 50), f"{folder}/small.dgc")
+        >>> torch.equal(twin(torch.ones(100)), model(torch.ones(100)))
+        True
+    """
+    return save_state(plain_state(model), path, coder=coder, half=half)
+
+
+def plain_state(model: nn.Module) -> State:
+    """`model.state_dict()` without the buffers of masks and codes."""
+    own = {id(c.buffer(module)) for module, c in constrained(model)}
+    kept = {
+        name
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if id(buffer) not in own
+    }
+    masks = {name for name, _ in model.named_buffers(remove_duplicate=False)} - kept
+    return {name: value for name, value in model.state_dict().items() if name not in masks}
+
+
+def save_state(
+    state: Mapping[str, Tensor], path: str | Path, *, coder: str = "ans", half: bool = False
+) -> report.Report:
+    """`save`, of a state dict."""
+    if coder not in CODERS:
+        raise ConfigError(f"coder is {coder!r}: one of {sorted(CODERS)}")
+    own, tied = _untie(_checked(state))
+    layers = {name: layer for name, t in own.items() if (layer := to_layer(t, half)) is not None}
+    records = dict(zip(layers, encode_layers(list(layers.values()), coder), strict=True))
+    widen = half and not any(t.dtype == torch.float16 for t in own.values())
+    entries = {n: _plain(t, widen) for n, t in own.items() if n not in layers}
+    entries |= {n + CODED: Entry("U8", (len(r),), r) for n, r in records.items()}
+    metadata = {"tied": json.dumps(tied, separators=(",", ":"))} if tied else {}
+    if any(e.dtype == "F16" for e in entries.values()) and widen:
+        metadata["widen"] = "F32"
+    raw = container.pack(entries, metadata)
+    container.write_atomically(path, raw)
+    rows = [report.plain_row(n, t, len(entries[n].data)) for n, t in own.items() if n not in layers]
+    rows += [report.layer_row(n, layers[n], len(r)) for n, r in records.items()]
+    rows.sort(key=lambda row: list(own).index(row.name))
+    body = sum(row.file_bytes for row in rows)
+    return report.Report(tuple(rows), len(raw) - body, len(raw))
+
+
+def _checked(state: Mapping[str, Tensor]) -> State:
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.dtype not in container.DTYPE_NAMES:
+            what = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigError(f"{name!r} is {what}: a file holds tensors of {_dtype_names()}")
+        if value.is_sparse or value.is_meta or name.endswith(CODED) or name == "__metadata__":
+            raise ConfigError(f"{name!r} cannot be saved: give dense tensors, no name in {CODED!r}")
+    return dict(state)
+
+
+def _dtype_names() -> str:
+    return ", ".join(sorted(container.DTYPES))
+
+
+def _untie(state: State) -> tuple[State, dict[str, str]]:
+    """Each tensor once, and for the other names which of those they share."""
+    first: dict[object, str] = {}
+    own: State = {}
+    tied: dict[str, str] = {}
+    for name, t in state.items():
+        key = (t.data_ptr(), t.dtype, t.shape, t.stride()) if t.numel() else name
+        if key in first:
+            tied[name] = first[key]
+        else:
+            first[key] = name
+            own[name] = t.detach().cpu()
+    return own, tied
+
+
+def to_layer(tensor: Tensor, half: bool) -> Layer | None:
+    """The codes of a weight tensor, or `None` where storing it as it is takes less."""
+    if tensor.dtype not in DTYPES or tensor.numel() < MIN_CODED_NUMEL or tensor.dim() < 2:
+        return None
+    flat = tensor.detach().reshape(-1)
+    if flat[:4096].unique().numel() <= 256:
+        levels: Tensor = flat.unique()
+        levels = levels[levels != 0]
+        if levels.numel() <= 255 and bool(levels.isfinite().all()):
+            return _shared_layer(tensor, levels, half)
+    density = float(flat.count_nonzero()) / flat.numel()
+    if density > MAX_CODED_DENSITY:
+        return None
+    return Layer((tensor != 0).to(torch.uint8), flat[flat != 0])
+
+
+def _shared_layer(tensor: Tensor, levels: Tensor, half: bool) -> Layer:
+    """Codes in order of falling frequency, so that layers' tables resemble each other."""
+    values = torch.cat([levels[levels < 0], levels.new_zeros(1), levels[levels > 0]])
+    flat = tensor.detach().reshape(-1)
+    place = torch.empty(flat.numel(), dtype=torch.uint8)
+    for into, part in zip(place.split(1 << 20), flat.split(1 << 20), strict=True):
+        into.copy_(torch.bucketize(part.contiguous(), values, out_int32=True))
+    counts = torch.bincount(place, minlength=values.numel())
+    zero = int((levels < 0).sum())
+    counts[zero] = flat.numel() + 1  # code 0, however rare
+    order = counts.argsort(descending=True, stable=True)
+    code = torch.empty_like(order)
+    code[order] = torch.arange(order.numel())
+    halved = half and bool(levels.to(torch.float16).isfinite().all())
+    codes = code.to(torch.uint8)[place.int()].view(tensor.shape)
+    return Layer(codes, values[order[1:]], half=halved)
+
+
+def _plain(tensor: Tensor, widen: bool) -> Entry:
+    if widen and tensor.dtype == torch.float32 and bool(tensor.half().isfinite().all()):
+        tensor = tensor.half()
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return Entry(container.DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), data)
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file whose container is checked and whose sizes are known; nothing is decoded yet."""
+
+    entries: dict[str, Entry]
+    heads: dict[str, Head]
+    tied: dict[str, str]
+    widen: bool
+    file_bytes: int
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every tensor, tied names included, before anything is decoded."""
+        known = {n: (h.shape, h.dtype) for n, h in self.heads.items()}
+        for name, entry in self.entries.items():
+            if not name.endswith(CODED):
+                known[name] = (entry.shape, self._dtype(entry))
+        return known | {name: known[other] for name, other in self.tied.items()}
+
+    def _dtype(self, entry: Entry) -> torch.dtype:
+        return (
+            torch.float32 if self.widen and entry.dtype == "F16" else container.DTYPES[entry.dtype]
+        )
+
+    def decode(self) -> tuple[State, dict[str, Layer]]:
+        """Every tensor by name, tied names sharing one, and the layers that were coded."""
+        decoder, state, layers = Decoder(), State(), dict[str, Layer]()
+        for name, entry in self.entries.items():
+            if name.endswith(CODED):
+                own = name.removesuffix(CODED)
+                layers[own] = decoder.layer(entry.data)
+                state[own] = layers[own].weight()
+            else:
+                stored = container.DTYPES[entry.dtype]
+                data = torch.frombuffer(bytearray(entry.data), dtype=torch.uint8)[:]
+                state[name] = data.view(stored).view(entry.shape).to(self._dtype(entry))
+        return state | {name: state[other] for name, other in self.tied.items()}, layers
+
+
+def open_file(path: str | Path) -> Opened:
+    """Read and check a file's container and the sizes in it.
+
+    Raises:
+        FileError: if it is not a compressed model.
+    """
+    return parse(Path(path).read_bytes())
+
+
+def parse(raw: bytes) -> Opened:
+    """`open_file`, of bytes."""
+    entries, metadata = container.unpack(raw)
+    heads = {
+        name.removesuffix(CODED): read_head(Reader(entry.data))
+        for name, entry in entries.items()
+        if name.endswith(CODED)
+    }
+    names = set(heads) | {name for name in entries if not name.endswith(CODED)}
+    if len(names) != len(entries) or metadata.get("widen", "F32") != "F32":
+        raise FileError("a tensor is stored twice, or as is unknown: the file is damaged")
+    return Opened(entries, heads, _tied(metadata, names), "widen" in metadata, len(raw))
+
+
+def _tied(metadata: dict[str, str], names: set[str]) -> dict[str, str]:
+    try:
+        tied = json.loads(metadata.get("tied", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"the list of tied names is not JSON ({error})") from error
+    valid = isinstance(tied, dict) and not set(tied) & names
+    if not valid or not all(isinstance(o, str) and o in names for o in tied.values()):
+        raise FileError("a tied name refers to no tensor: the file is damaged")
+    return dict(tied)
+
+
+def load(model: nn.Module, path: str | Path, *, constrain: bool = False) -> nn.Module:
+    """Set `model` to what `save` wrote: the same weights, bit for bit (with `half`, as rounded).
+
+    Args:
+        model: of the class that was saved; overwritten, its masks and shared values lifted.
+        path: the file. Nothing in it is executed, and what is allocated is `model`'s own size.
+        constrain: hold the file's zeros and shared values from now on, to train further.
+
+    Returns:
+        `model`.
+
+    Raises:
+        FileError: if the bytes are not a valid file.
+        StateError: if it is another model's: the difference is named and `model` is unchanged.
+    """
+    opened = open_file(path)
+    _match(opened, plain_state(model), path)
+    state, layers = opened.decode()
+    release(model)
+    model.load_state_dict(state, strict=True)
+    if constrain:
+        _constrain(model, layers)
+    return model
+
+
+def _match(opened: Opened, target: State, path: str | Path) -> None:
+    found = opened.shapes()
+    wanted = {n: (tuple(t.shape), t.dtype) for n, t in target.items()}
+    lines = [f"{n!r} is in the file only" for n in found if n not in wanted]
+    lines += [f"{n!r} is in the model only" for n in wanted if n not in found]
+    lines += [
+        f"{n!r} is {found[n][0]} {found[n][1]} in the file, {wanted[n][0]} {wanted[n][1]} in the model"
+        for n in wanted
+        if n in found and found[n] != wanted[n]
+    ]
+    if lines:
+        more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
+        raise StateError(f"{path} holds another model: {'; '.join(lines[:5])}{more}")
+
+
+def _constrain(model: nn.Module, layers: dict[str, Layer]) -> None:
+    for name, layer in layers.items():
+        path, _, own = name.rpartition(".")
+        module = model.get_submodule(path)
+        codes = layer.codes.to(module.get_parameter(own).device)
+        if layer.literal:
+            Mask(own).install(module, codes != 0)
+        else:
+            Shared(own).install(module, codes)
+
+
+def read_state(path: str | Path, *, max_bytes: int | None = None) -> State:
+    """The state dict in a file, without a model at hand.
+
+    Args:
+        max_bytes: refuse to decode more than this; by default `MAX_EXPANSION` times the file, or
+            64 MiB if that is more.
+
+    Raises:
+        FileError: if the bytes are not a valid file, or would decode to more.
+    """
+    opened = open_file(path)
+    check_size(opened, max_bytes)
+    return opened.decode()[0]
+
+
+def check_size(opened: Opened, max_bytes: int | None = None) -> None:
+    """Refuse a file that claims more than `max_bytes`, before anything of it is decoded."""
+    limit = max(FREE_BYTES, MAX_EXPANSION * opened.file_bytes) if max_bytes is None else max_bytes
+    total = sum(head.numel * head.dtype.itemsize for head in opened.heads.values())
+    if total > limit:
+        raise FileError(
+            f"decodes to {total} bytes, the limit is {limit}: give max_bytes to raise it"
+        )
+
+
+def inspect(path: str | Path) -> tuple[report.Report, dict[str, Layer]]:
+    """The table that `save` returned, read off a file, and its coded layers."""
+    opened = open_file(path)
+    check_size(opened)
+    state, layers = opened.decode()
+    rows = []
+    for name, entry in opened.entries.items():
+        own = name.removesuffix(CODED)
+        size = len(entry.data)
+        row = report.layer_row(own, layers[own], size) if own in layers else None
+        rows.append(row or report.plain_row(own, state[own], size))
+    body = sum(row.file_bytes for row in rows)
+    return report.Report(tuple(rows), opened.file_bytes - body, opened.file_bytes), layers
+
+
+def export(path: str | Path, out: str | Path, *, max_bytes: int | None = None) -> None:
+    """Turn a compressed file into a plain safetensors state dict, same values bit for bit.
+
+    Args:
+        path: what `save` wrote.
+        out: written to a sibling that is then renamed. Tied tensors are written once a name.
+        max_bytes: as in `read_state`.
+    """
+    from safetensors.torch import save as to_bytes
+
+    state = {n: t.clone().contiguous() for n, t in read_state(path, max_bytes=max_bytes).items()}
+    container.write_atomically(out, to_bytes(state))

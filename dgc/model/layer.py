@@ -1,0 +1,379 @@
+"""One weight tensor ↔ one record of the file: codes, levels, tables, coded streams.
+
+A record is all that a decoder needs but for tables it takes over from an earlier record. The
+bytes are described in docs/file.md.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dgc.core import entropy
+from dgc.errors import FileError
+from dgc.model.bytes import Reader, varint
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+ANS, HUFFMAN = 1, 2
+CODERS = {"ans": ANS, "huffman": HUFFMAN}
+LITERAL, HALF = 1, 2  # flags: each kept weight is stored itself; levels are stored in 16 bits
+MAX_TABLE_OWNERS = 255
+SMALL_LAYER = 10_000
+"""Below this many weights a layer's table costs enough that layers try one table between them."""
+
+
+@dataclass
+class Layer:
+    """A weight tensor as the file sees it.
+
+    Attributes:
+        codes: uint8, shaped as the weight; 0 is zero, c > 0 is `levels[c - 1]`, or with literal
+            values 1 is "the next of `levels`".
+        levels: the values, of the weight's dtype.
+        literal: whether `levels` holds every kept weight in turn.
+        half: whether levels are stored in 16 bits.
+    """
+
+    codes: Tensor
+    levels: Tensor
+    literal: bool = False
+    half: bool = False
+
+    def weight(self) -> Tensor:
+        """The tensor, of the dtype of `levels`."""
+        if self.literal:
+            dense = self.levels.new_zeros(self.codes.shape)
+            dense[self.codes != 0] = self.levels
+            return dense
+        table = torch.cat([self.levels.new_zeros(1), self.levels])
+        out = self.levels.new_empty(self.codes.numel())
+        for into, part in zip(out.split(1 << 20), self.codes.view(-1).split(1 << 20), strict=True):
+            into.copy_(table[part.int()])
+        return out.view(self.codes.shape)
+
+
+class Coder(Protocol):
+    """Tables and streams of one entropy coder."""
+
+    def table(self, counts: list[int]) -> bytes: ...
+    def cost(self, counts: list[int], table: bytes) -> float:
+        """Bits for these symbols under `table`; infinite if it lacks one."""
+
+    def encode(self, symbols: Tensor, table: bytes) -> bytes: ...
+    def decode(self, code: bytes, count: int, table: bytes) -> Tensor: ...
+
+
+class _Ans:
+    def table(self, counts: list[int]) -> bytes:
+        return entropy.round_counts(counts)
+
+    def cost(self, counts: list[int], table: bytes) -> float:
+        shares = torch.tensor(entropy.table_counts(table)).double()
+        bits = (shares.sum().log2() - shares.log2()).tolist()
+        return _price(counts, bits) + 32
+
+    def encode(self, symbols: Tensor, table: bytes) -> bytes:
+        return entropy.encode_ans(symbols, table)
+
+    def decode(self, code: bytes, count: int, table: bytes) -> Tensor:
+        return entropy.decode_ans(code, count, table)
+
+
+class _Huffman:
+    def table(self, counts: list[int]) -> bytes:
+        return bytes(entropy.huffman_lengths(counts))
+
+    def cost(self, counts: list[int], table: bytes) -> float:
+        return _price(counts, [n or float("inf") for n in table])
+
+    def encode(self, symbols: Tensor, table: bytes) -> bytes:
+        return entropy.encode_huffman(symbols, list(table))
+
+    def decode(self, code: bytes, count: int, table: bytes) -> Tensor:
+        return entropy.decode_huffman(code, count, list(table))
+
+
+_CODERS: dict[int, Coder] = {ANS: _Ans(), HUFFMAN: _Huffman()}
+
+
+def _price(counts: list[int], bits: list[float]) -> float:
+    if len(counts) > len(bits):
+        return float("inf")
+    return sum(c * b for c, b in zip(counts, bits, strict=False) if c)
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+
+def _pack_table(kind: int, table: bytes) -> bytes:
+    """Alphabet − 1, then a byte a symbol (ANS) or a nibble a symbol (Huffman, low nibble first)."""
+    table = table.rstrip(b"\0") or b"\0"
+    if kind == HUFFMAN:
+        even = table + b"\0" * (len(table) % 2)
+        body = bytes(a | b << 4 for a, b in zip(even[::2], even[1::2], strict=True))
+    else:
+        body = table
+    return bytes([len(table) - 1]) + body
+
+
+def _unpack_table(kind: int, reader: Reader) -> bytes:
+    size = reader.byte() + 1
+    if kind == ANS:
+        return reader.take(size)
+    packed = reader.take((size + 1) // 2)
+    return bytes(n for b in packed for n in (b & 15, b >> 4))[:size]
+
+
+@dataclass
+class Stream:
+    """Symbols of one record before coding, and the table chosen for them."""
+
+    symbols: Tensor
+    counts: list[int]
+    table: bytes = b""
+    reference: int = 0  # 0: own table; r: the table of the r-th record
+
+
+def choose_tables(kind: int, streams: list[Stream]) -> None:
+    """Give each stream of the same role, one a record, its own table or an earlier record's.
+
+    First the small layers' counts are pooled into one table; that is kept where it saves bytes.
+    """
+    plain = _assign(kind, streams, None)
+    small = [s.counts for s in streams if s.symbols.numel() < SMALL_LAYER]
+    if len(small) < 2:
+        return
+    size = max(map(len, small))
+    pooled = [sum(c[i] for c in small if i < len(c)) for i in range(size)]
+    if _assign(kind, streams, _CODERS[kind].table(pooled)) >= plain:
+        _assign(kind, streams, None)
+
+
+def _assign(kind: int, streams: list[Stream], pool: bytes | None) -> float:
+    """Choose each stream's table in turn; the total bits of tables and codes."""
+    coder, owned, total = _CODERS[kind], dict[int, bytes](), 0.0
+    for index, stream in enumerate(streams, 1):
+        own = coder.table(stream.counts)
+        if pool is not None and stream.symbols.numel() < SMALL_LAYER and pool not in owned.values():
+            own = pool
+        stream.table, stream.reference = own, 0
+        best = coder.cost(stream.counts, own) + 8 * len(_pack_table(kind, own))
+        for earlier, table in owned.items():
+            cost = coder.cost(stream.counts, table)
+            if cost < best:
+                stream.table, stream.reference, best = table, earlier, cost
+        if not stream.reference and index <= MAX_TABLE_OWNERS:
+            owned[index] = own
+        total += best
+    return total
+
+
+# --- gaps --------------------------------------------------------------------------------------
+
+
+def gaps_of(codes: Tensor, gap_bits: int) -> Tensor:
+    """Zeros before each non-zero code, uint8; 2^gap_bits − 1 stands for that many zeros alone.
+
+    Zeros after the last non-zero code are not written.
+
+    Example:
+        >>> gaps_of(torch.tensor([0, 7, 0, 0, 0, 0, 9, 0]), gap_bits=2).tolist()
+        [1, 3, 1]
+
+    Source: arXiv 1510.00149, figure 2, where a filler also costs a value.
+    """
+    at = codes.reshape(-1).nonzero().squeeze(1)
+    runs = torch.diff(at, prepend=at.new_tensor([-1])) - 1
+    filler = 2**gap_bits - 1
+    fillers = runs // filler
+    gaps = torch.full((int(fillers.sum()) + runs.numel(),), filler, dtype=torch.uint8)
+    gaps[(fillers + 1).cumsum(0) - 1] = (runs % filler).to(torch.uint8)
+    return gaps
+
+
+def places_of(gaps: Tensor, gap_bits: int, numel: int) -> Tensor:
+    """Indices of the non-zero codes, int64 ascending.
+
+    Raises:
+        FileError: if one lies beyond `numel`, or a gap is above 2^gap_bits − 1.
+
+    Example:
+        >>> places_of(torch.tensor([1, 3, 1], dtype=torch.uint8), 2, 8).tolist()
+        [1, 6]
+    """
+    filler = 2**gap_bits - 1
+    real = gaps != filler
+    places = (gaps.long() + real).cumsum(0) - 1
+    if gaps.numel() and (int(gaps.max()) > filler or int(places[-1]) >= numel):
+        raise FileError("a weight's position lies outside its tensor: the file is damaged")
+    kept: Tensor = places[real]
+    return kept
+
+
+def _best_gap_bits(codes: Tensor) -> int:
+    def cost(gap_bits: int) -> float:
+        counts = entropy.count_symbols(gaps_of(codes, gap_bits), 2**gap_bits)
+        return _CODERS[HUFFMAN].cost(counts, _CODERS[HUFFMAN].table(counts)) + 4 * len(counts)
+
+    return min(range(2, 9), key=cost)
+
+
+# --- records -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Draft:
+    layer: Layer
+    gap_bits: int = 0
+    streams: list[Stream] = field(default_factory=list)
+
+
+def encode_layers(layers: list[Layer], coder: str) -> list[bytes]:
+    """The record of each layer; `coder` is `"ans"` or `"huffman"`."""
+    kind = CODERS[coder]
+    drafts = [_draft(layer, kind) for layer in layers]
+    for role in range(kind):
+        choose_tables(kind, [d.streams[role] for d in drafts])
+    return [_record(draft, kind) for draft in drafts]
+
+
+def _draft(layer: Layer, kind: int) -> _Draft:
+    codes, alphabet = layer.codes.reshape(-1), 2 if layer.literal else layer.levels.numel() + 1
+    if kind == ANS:
+        return _Draft(layer, 0, [Stream(codes, entropy.count_symbols(codes, alphabet))])
+    gap_bits = _best_gap_bits(codes)
+    gaps = gaps_of(codes, gap_bits)
+    values = codes[codes != 0] - 1
+    if layer.literal:
+        values = values[:0]
+    counts = entropy.count_symbols(values, max(1, alphabet - 1))
+    return _Draft(
+        layer,
+        gap_bits,
+        [Stream(gaps, entropy.count_symbols(gaps, 2**gap_bits)), Stream(values, counts)],
+    )
+
+
+def _record(draft: _Draft, kind: int) -> bytes:
+    layer = draft.layer
+    shape, levels = layer.codes.shape, layer.levels
+    flags = LITERAL * layer.literal | HALF * layer.half
+    out = bytes([kind | DTYPES.index(levels.dtype) << 4, flags, len(shape)])
+    out += b"".join(varint(n) for n in (*shape, int(layer.codes.count_nonzero())))
+    stored = levels.to(torch.float16) if layer.half else levels
+    raw = stored.contiguous().view(torch.uint8).numpy().tobytes()
+    if not layer.literal:
+        out += varint(levels.numel()) + raw
+    if kind == HUFFMAN:
+        out += bytes([draft.gap_bits]) + varint(draft.streams[0].symbols.numel())
+    for stream in draft.streams:
+        own = b"" if stream.reference else _pack_table(kind, stream.table)
+        code = _CODERS[kind].encode(stream.symbols, stream.table)
+        out += bytes([stream.reference]) + own + varint(len(code)) + code
+    return out + (raw if layer.literal else b"")
+
+
+@dataclass(frozen=True)
+class Head:
+    """The fixed part of a record: enough to bound and compare it before anything is decoded."""
+
+    kind: int
+    dtype: torch.dtype
+    literal: bool
+    half: bool
+    shape: tuple[int, ...]
+    numel: int
+    nonzeros: int
+
+
+def read_head(reader: Reader) -> Head:
+    """Parse and check the start of a record; allocates nothing."""
+    first, flags, dims = reader.byte(), reader.byte(), reader.byte()
+    kind, dtype = first & 15, first >> 4
+    if kind not in _CODERS or dtype >= len(DTYPES) or flags > 3 or dims > 16:
+        raise FileError("a record of an unknown kind: a newer format, or the file is damaged")
+    shape = tuple(reader.varint() for _ in range(dims))
+    numel = 1
+    for size in shape:
+        numel *= size
+    nonzeros = reader.varint()
+    if not 0 < numel < 1 << 48 or nonzeros > numel:
+        raise FileError(f"a record of shape {shape} with {nonzeros} weights: the file is damaged")
+    half = bool(flags & HALF)
+    return Head(kind, DTYPES[dtype], bool(flags & LITERAL), half, shape, numel, nonzeros)
+
+
+class Decoder:
+    """Decodes records in file order, keeping the tables that later ones may refer to."""
+
+    def __init__(self) -> None:
+        self._tables: list[list[bytes]] = []
+
+    def layer(self, record: bytes) -> Layer:
+        """The layer of the next record; the caller has bounded its `Head.numel`.
+
+        Raises:
+            FileError: if the record is not one that `encode_layers` can give.
+        """
+        reader = Reader(record)
+        head = read_head(reader)
+        self._tables.append([])
+        levels = torch.empty(0, dtype=head.dtype)
+        if not head.literal:
+            count = reader.varint()
+            if count > 255:
+                raise FileError(f"{count} levels in a record: the file is damaged")
+            levels = _values(reader, count, head)
+        codes = self._ans(reader, head) if head.kind == ANS else self._huffman(reader, head)
+        if head.literal:
+            levels = _values(reader, head.nonzeros, head)
+        reader.finish()
+        top = int(codes.max())
+        if int(codes.count_nonzero()) != head.nonzeros or top > (
+            1 if head.literal else levels.numel()
+        ):
+            raise FileError("a record's codes do not fit its levels: the file is damaged")
+        return Layer(codes.view(head.shape), levels, head.literal, head.half)
+
+    def _ans(self, reader: Reader, head: Head) -> Tensor:
+        return self._stream(reader, head.kind, head.numel)
+
+    def _huffman(self, reader: Reader, head: Head) -> Tensor:
+        gap_bits, count = reader.byte(), reader.varint()
+        if not 1 <= gap_bits <= 8:
+            raise FileError(f"gaps of {gap_bits} bits: the file is damaged")
+        places = places_of(self._stream(reader, HUFFMAN, count), gap_bits, head.numel)
+        wanted = 0 if head.literal else head.nonzeros
+        values = self._stream(reader, HUFFMAN, wanted)
+        if places.numel() != head.nonzeros or bool((values == 255).any()):
+            raise FileError("a record's positions and values disagree: the file is damaged")
+        codes = torch.zeros(head.numel, dtype=torch.uint8)
+        codes[places] = torch.ones_like(places).to(torch.uint8) if head.literal else values + 1
+        return codes
+
+    def _stream(self, reader: Reader, kind: int, count: int) -> Tensor:
+        role, reference = len(self._tables[-1]), reader.byte()
+        table = _unpack_table(kind, reader) if not reference else self._earlier(reference, role)
+        self._tables[-1].append(b"" if reference else bytes([kind]) + table)
+        if reference and table[0] != kind:
+            raise FileError("a table of another coder is referred to: the file is damaged")
+        code = reader.take(reader.varint())
+        return _CODERS[kind].decode(code, count, table[1:] if reference else table)
+
+    def _earlier(self, reference: int, role: int) -> bytes:
+        earlier = self._tables[:-1]
+        if reference > len(earlier) or role >= len(earlier[reference - 1]):
+            raise FileError(f"table {reference} is not there to refer to: the file is damaged")
+        table = earlier[reference - 1][role]
+        if not table:
+            raise FileError(f"table {reference} is itself a reference: the file is damaged")
+        return table
+
+
+def _values(reader: Reader, count: int, head: Head) -> Tensor:
+    stored = torch.float16 if head.half else head.dtype
+    raw = reader.take(count * stored.itemsize)
+    if not count:
+        return torch.empty(0, dtype=head.dtype)
+    return torch.frombuffer(bytearray(raw), dtype=stored).to(head.dtype)
