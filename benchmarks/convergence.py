@@ -1,0 +1,180 @@
+"""Does compressed training reach the accuracy of dense training?
+
+N workers train in one process over the real pipeline. Arms are paired: a seed fixes the initial
+weights and the order of the data in all of them. A row of JSON is appended for each run; runs that
+are in the file already are skipped.
+
+    python -m benchmarks.convergence --task lenet5 --arms dense dgc paper --seeds 0 1 2 --epochs 5
+    python -m benchmarks.convergence --table
+
+An arm is `dense`, `dgc` or `paper`, and changes to the fields of its configuration, with
+`warmup_epochs` for the warm-up and `lr` for another learning rate:
+`dgc,value_bits=32,warmup_epochs=0.5,lr=0.03`.
+"""
+
+import argparse
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from ast import literal_eval
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.convergence_table import RESULTS, read, table
+from benchmarks.convergence_tasks import TASKS
+from benchmarks.convergence_world import World
+
+from dgc.config import DGC, Compression, Dense
+from dgc.errors import GradientError
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "step": lambda done: 0.1 ** ((done >= 0.5) + (done >= 0.75)),
+}
+KEY = ("task", "arm", "seed", "workers", "batch", "epochs", "schedule", "lr")
+
+
+def parse_arm(arm: str, steps_per_epoch: int) -> tuple[Compression, float | None]:
+    """The configuration that an arm names, and its learning rate if it has one of its own."""
+    base, *changes = arm.split(",")
+    fields: dict[str, Any] = {k: _value(v) for k, v in (each.split("=") for each in changes)}
+    lr = fields.pop("lr", None)
+    if "warmup_epochs" in fields:
+        fields["warmup_steps"] = round(fields.pop("warmup_epochs") * steps_per_epoch)
+    if base == "dense":
+        return Dense(**fields), lr
+    if base == "paper":
+        return DGC.paper(**{"warmup_steps": 0, **fields}), lr
+    assert base == "dgc", f"unknown arm {arm}"
+    return DGC(**fields), lr
+
+
+def _value(text: str) -> Any:
+    return literal_eval(text)
+
+
+def run(args: argparse.Namespace, arm: str, seed: int, lr: float) -> dict[str, Any]:
+    """Train one arm once."""
+    task = TASKS[args.task]
+    steps_per_epoch = task.steps(args.workers, args.batch)
+    config, own_lr = parse_arm(arm, steps_per_epoch)
+    lr = own_lr or lr
+    model = task.model(seed)
+    world = World(model, task.optimizer(model, lr), config, args.workers)
+    total, step, curve, start = args.epochs * steps_per_epoch, 0, [], time.perf_counter()
+    diverged = False
+    for epoch in range(args.epochs):
+        loss = 0.0
+        try:
+            data_seed = 1_000_003 * (seed + 1) + epoch
+            for losses in task.epoch(model, args.workers, args.batch, data_seed):
+                for group in world.optimizer.param_groups:
+                    group["lr"] = lr * SCHEDULES[args.schedule](step / total)
+                loss += world.step(losses)
+                step += 1
+        except GradientError:
+            diverged = True
+            break
+        curve.append(round(task.evaluate(model), 4))
+        note = f"{args.task} {arm} seed {seed} epoch {epoch + 1}/{args.epochs}"
+        seconds = time.perf_counter() - start
+        print(
+            f"{note} loss {loss / steps_per_epoch:.4f} {curve[-1]:.3f} {seconds:.0f} s", flush=True
+        )
+    return {
+        "task": args.task,
+        "arm": arm,
+        "seed": seed,
+        "workers": args.workers,
+        "batch": args.batch,
+        "epochs": args.epochs,
+        "schedule": args.schedule,
+        "lr": lr,
+        "steps": step,
+        "metric": task.metric,
+        "curve": curve,
+        "final": None if diverged else curve[-1],
+        "flushed": None if diverged else round(flushed(world, model, task.evaluate), 4),
+        "config": config.describe().split("\n"),
+        "stats": world.optimizer.stats(),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+@torch.no_grad()
+def flushed(world: World, model: torch.nn.Module, evaluate: Callable[..., float]) -> float:
+    """The result if the mean of all residuals were applied at the end; the model is changed."""
+    config, params = world.optimizer.config, dict(model.named_parameters())
+    scale = 1.0
+    if isinstance(config, DGC) and not config.fold_lr:
+        scale = float(world.optimizer.param_groups[0]["lr"])
+    for name, left in world.residual().items():
+        params[name].sub_(left, alpha=scale)
+    return evaluate(model)
+
+
+def provenance() -> dict[str, str]:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    ).stdout.strip()
+    return {
+        "date": date.today().isoformat(),
+        "commit": commit,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "hardware": f"{platform.machine()} CPU, 1 thread",
+        "command": " ".join(["python -m benchmarks.convergence", *sys.argv[1:]]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", choices=TASKS, default="lenet5")
+    parser.add_argument("--arms", nargs="+", default=["dense", "dgc", "paper"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=64, help="of one worker")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--lr", nargs="+", type=float, default=[0.05])
+    parser.add_argument("--schedule", choices=SCHEDULES, default="cosine")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file of JSON lines")
+    parser.add_argument("--table", action="store_true", help="print the results' table")
+    parser.add_argument("--picture", type=Path, help="write accuracy against bytes here")
+    args = parser.parse_args()
+    if args.table or args.picture:
+        table(read(args.out), args.picture)
+        return
+    torch.set_num_threads(1)
+    for seed in args.seeds:
+        for lr in args.lr:
+            for arm in args.arms:
+                once(args, arm, seed, lr)
+
+
+def once(args: argparse.Namespace, arm: str, seed: int, lr: float) -> None:
+    """Run one arm unless its row is there."""
+    own = parse_arm(arm, TASKS[args.task].steps(args.workers, args.batch))[1] or lr
+    wanted = {**vars(args), "arm": arm, "seed": seed, "lr": own}
+    if any(all(row[k] == wanted[k] for k in KEY) for row in read(args.out)):
+        return
+    row = {**run(args, arm, seed, lr), **provenance()}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(f"{args.task} {arm} seed {seed}: {row['final']} in {row['seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""What is trained: networks, data, and how they are judged."""
+
+import sysconfig
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from launch.fashion_mnist import Data, load
+from launch.models import build
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, AdamW, Optimizer
+
+Loss = Callable[[], Tensor]
+
+
+class Task(Protocol):
+    """A network and its data."""
+
+    metric: str
+    """What `evaluate` gives: "accuracy", in percent, or "perplexity"."""
+
+    def model(self, seed: int) -> nn.Module: ...
+
+    def optimizer(self, model: nn.Module, lr: float) -> Optimizer: ...
+
+    def steps(self, workers: int, batch: int) -> int:
+        """Training steps in an epoch."""
+        ...
+
+    def epoch(self, model: nn.Module, workers: int, batch: int, seed: int) -> Iterator[list[Loss]]:
+        """The losses of all workers, step by step; the order depends on `seed` alone."""
+        ...
+
+    def evaluate(self, model: nn.Module) -> float: ...
+
+
+class Images:
+    """A network of launch/models.py on Fashion-MNIST, with SGD, momentum 0.9, weight decay."""
+
+    metric = "accuracy"
+
+    def __init__(self, name: str, nesterov: bool = False, weight_decay: float = 5e-4) -> None:
+        self.name, self.nesterov, self.weight_decay = name, nesterov, weight_decay
+
+    def model(self, seed: int) -> nn.Module:
+        return build(self.name, seed).to(memory_format=torch.channels_last)
+
+    def optimizer(self, model: nn.Module, lr: float) -> Optimizer:
+        return SGD(
+            model.parameters(),
+            lr,
+            momentum=0.9,
+            nesterov=self.nesterov,
+            weight_decay=self.weight_decay,
+        )
+
+    def steps(self, workers: int, batch: int) -> int:
+        return len(_images().train_labels) // (workers * batch)
+
+    def epoch(self, model: nn.Module, workers: int, batch: int, seed: int) -> Iterator[list[Loss]]:
+        data = _images()
+        images, labels = data.train_images, data.train_labels
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        model.train()
+        for picked in order.split(workers * batch)[: self.steps(workers, batch)]:
+            yield [
+                lambda own=own: F.cross_entropy(model(images[own]), labels[own])
+                for own in picked.split(batch)
+            ]
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> float:
+        data = _images()
+        model.eval()
+        hits = sum(
+            int((model(x).argmax(1) == y).sum())
+            for x, y in zip(data.test_images.split(500), data.test_labels.split(500), strict=True)
+        )
+        return 100 * hits / len(data.test_labels)
+
+
+@lru_cache
+def _images() -> Data:
+    return load()
+
+
+class Text:
+    """A byte-level language model on the sources of Python's standard library."""
+
+    metric = "perplexity"
+
+    def __init__(
+        self,
+        network: Callable[[], nn.Module],
+        optimizer: Callable[[nn.Module, float], Optimizer],
+        length: int,
+        steps: int,
+    ) -> None:
+        self.network, self.optimizer, self.length, self._steps = network, optimizer, length, steps
+
+    def model(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return self.network()
+
+    def steps(self, workers: int, batch: int) -> int:
+        return self._steps
+
+    def epoch(self, model: nn.Module, workers: int, batch: int, seed: int) -> Iterator[list[Loss]]:
+        text, generator = _text()[0], torch.Generator().manual_seed(seed)
+        for _ in range(self._steps):
+            starts = torch.randint(
+                len(text) - self.length, (workers, batch), generator=generator
+            ).unbind()
+            yield [lambda own=own: self._loss(model, text, own) for own in starts]
+
+    def _loss(self, model: nn.Module, text: Tensor, starts: Tensor) -> Tensor:
+        window = text[starts[:, None] + torch.arange(self.length + 1)].long()
+        return F.cross_entropy(model(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten())
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> float:
+        text = _text()[1]
+        starts = torch.arange(0, len(text) - self.length - 1, self.length)
+        total = sum(len(own) * self._loss(model, text, own) for own in starts.split(64))
+        return float(torch.exp(torch.as_tensor(total / len(starts))))
+
+
+@lru_cache
+def _text() -> tuple[Tensor, Tensor]:
+    """Bytes to train on and to judge by: every 20th file is kept for judging, its first 2 KB."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    files = [path.read_bytes() for path in paths]
+    train = b"".join(file for i, file in enumerate(files) if i % 20)
+    test = b"".join(file[:2000] for i, file in enumerate(files) if i % 20 == 0)
+    return tuple(torch.frombuffer(bytearray(t), dtype=torch.uint8) for t in (train, test))
+
+
+class LSTM(nn.Module):
+    """One layer of 256 cells: 526,080 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, 96)
+        self.lstm = nn.LSTM(96, 256, batch_first=True)
+        self.out = nn.Linear(256, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.lstm(self.embedding(x))[0])
+
+
+class GPT(nn.Module):
+    """Three pre-norm layers of width 128, learned positions, tied output."""
+
+    def __init__(self, width: int = 128, layers: int = 3, length: int = 128) -> None:
+        super().__init__()
+        self.embedding, self.position = nn.Embedding(256, width), nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        for table in (self.embedding, self.position):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x) + self.position.weight[: x.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x) @ self.embedding.weight.T
+
+
+class Block(nn.Module):
+    """Causal self-attention with four heads, and a perceptron of four times the width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(self.norm1(x)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(*heads, is_causal=True)
+        x = x + self.project(y.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+def _sgd(model: nn.Module, lr: float) -> Optimizer:
+    return SGD(model.parameters(), lr, momentum=0.9)
+
+
+def _adamw(model: nn.Module, lr: float) -> Optimizer:
+    return AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+TASKS: dict[str, Task] = {
+    "lenet5": Images("lenet5"),
+    "resnet20": Images("resnet20", nesterov=True),
+    "lstm": Text(LSTM, _sgd, length=64, steps=200),
+    "gpt": Text(GPT, _adamw, length=128, steps=100),
+}
