@@ -95,15 +95,17 @@ def _path(folder: Path, name: str) -> Path | None:
 
 def _fetch_debian() -> None:
     with tempfile.TemporaryDirectory() as work:
-        for command in (["apt-get", "download", DEBIAN_PACKAGE], ["dpkg", "-x"]):
-            debs = [str(path) for path in Path(work).glob("*.deb")] + [work]
-            subprocess.run(
-                command + (debs if command[0] == "dpkg" else []),
-                cwd=work,
-                check=True,
-                capture_output=True,
-            )
+        # Package lists of its own: a fresh machine has none, and the system's need root.
+        own = [f"-o{key}={work}" for key in ("Dir::State", "Dir::Cache")]
+        _run("apt-get", *own, "update", cwd=work)
+        _run("apt-get", *own, "download", DEBIAN_PACKAGE, cwd=work)
+        deb = next(Path(work).glob(f"{DEBIAN_PACKAGE}*.deb"))
+        _run("dpkg", "-x", str(deb), work, cwd=work)
         _install({name: _path(Path(work) / SYSTEM.relative_to("/"), name) for name in FILES})
+
+
+def _run(*command: str, cwd: str) -> None:
+    subprocess.run(command, cwd=cwd, check=True, capture_output=True, timeout=300)
 
 
 def _fetch_download() -> None:

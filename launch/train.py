@@ -1,0 +1,158 @@
+"""The reference job: train one network on Fashion-MNIST with every rank of an mpirun or torchrun.
+
+    mpirun -np 4 python launch/train.py --compression dgc --density 0.001 --epochs 5 --out out/dgc
+
+Writes to the folder --out: log.jsonl (one line an epoch, then the result) and model.safetensors.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import fashion_mnist
+import models
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import dgc
+from dgc.config import Compression
+
+COMPRESSIONS = ("dgc", "paper", "dense", "fp16", "bf16")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", help="folder of IDX files; found or fetched where left out")
+    parser.add_argument("--model", choices=models.MODELS, default="lenet5")
+    parser.add_argument("--compression", choices=COMPRESSIONS, default="dgc")
+    parser.add_argument("--density", type=float, default=0.001, help="share of the gradient sent")
+    parser.add_argument("--value-bits", type=int, default=dgc.DGC.value_bits)
+    parser.add_argument("--warmup-epochs", type=float, default=1.0, help="of the density")
+    parser.add_argument("--clip-norm", type=float, default=None, help="local gradient clipping")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=64, help="images a rank")
+    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", default="auto", help="see dgc.init")
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser.parse_args()
+
+
+def compression(args: argparse.Namespace, steps_per_epoch: int) -> Compression:
+    if args.compression in ("dense", "fp16", "bf16"):
+        dtypes = {"dense": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+        return dgc.Dense(dtype=dtypes[args.compression])
+    warmup = round(args.warmup_epochs * steps_per_epoch)
+    if args.compression == "paper":
+        return dgc.DGC.paper(density=args.density, warmup_steps=warmup, clip_norm=args.clip_norm)
+    return dgc.DGC(
+        density=args.density,
+        value_bits=args.value_bits,
+        warmup_steps=warmup,
+        clip_norm=args.clip_norm,
+    )
+
+
+def batches(rt: dgc.Runtime, args: argparse.Namespace, count: int, epoch: int) -> Tensor:
+    """The images of this rank in this epoch, int64 `[steps, batch]`: every rank its own share."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(1000 * args.seed + epoch))
+    steps = count // (args.batch * rt.world_size)
+    share = order[: steps * args.batch * rt.world_size].view(steps, rt.world_size, args.batch)
+    return share[:, rt.rank]
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Percent of images that are classified right."""
+    model.eval()
+    found = torch.cat([model(part).argmax(1) for part in images.split(1000)])
+    model.train()
+    return 100 * float((found == labels).float().mean())
+
+
+def train(rt: dgc.Runtime, args: argparse.Namespace) -> None:
+    if rt.rank == 0:
+        fashion_mnist.find(args.data)  # one rank fetches, the others find
+    rt.comm.barrier()
+    data = fashion_mnist.Data(*(t.to(rt.device) for t in fashion_mnist.load(args.data)))
+    model = models.build(args.model, args.seed).to(rt.device)
+    steps_per_epoch = len(batches(rt, args, len(data.train_labels), 0))
+    sgd = torch.optim.SGD(
+        model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=1e-4
+    )
+    optimizer = dgc.DistributedOptimizer(
+        sgd,
+        named_parameters=model.named_parameters(),
+        compression=compression(args, steps_per_epoch),
+        named_buffers=model.named_buffers(),
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * steps_per_epoch)
+    log = Log(rt, args, args.epochs * steps_per_epoch)
+    for epoch in range(args.epochs):
+        for images in batches(rt, args, len(data.train_labels), epoch):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(data.train_images[images]), data.train_labels[images])
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            log.step(loss)
+        if rt.rank == 0:
+            log.epoch(epoch + 1, accuracy(model, data.test_images, data.test_labels), optimizer)
+        rt.comm.barrier()
+    if rt.rank == 0:
+        save_file(model.state_dict(), args.out / "model.safetensors")
+        log.close()
+
+
+class Log:
+    """Rank 0's progress bar and JSON lines; the other ranks' calls do nothing."""
+
+    def __init__(self, rt: dgc.Runtime, args: argparse.Namespace, steps: int) -> None:
+        self.args, self.world_size, self.lines, self.bar = args, rt.world_size, [], None
+        self.training_seconds, self.since = 0.0, time.perf_counter()
+        if rt.rank == 0:
+            args.out.mkdir(parents=True, exist_ok=True)
+            if not args.quiet:
+                from tqdm import tqdm
+
+                self.bar = tqdm(total=steps, desc=args.compression, unit="step", mininterval=1)
+
+    def step(self, loss: Tensor) -> None:
+        if self.bar is not None:
+            self.bar.update()
+            if self.bar.n % 50 == 0:
+                self.bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+
+    def epoch(self, epoch: int, percent: float, optimizer: dgc.DistributedOptimizer) -> None:
+        stats = optimizer.stats()
+        self.training_seconds += time.perf_counter() - self.since
+        line = {
+            "compression": self.args.compression,
+            "model": self.args.model,
+            "seed": self.args.seed,
+            "ranks": self.world_size,
+            "epoch": epoch,
+            "accuracy": percent,
+            "seconds_per_step": self.training_seconds / max(1, int(stats["steps"])),
+            **stats,
+        }
+        self.lines.append(json.dumps(line))
+        partial = self.args.out / "log.jsonl.part"
+        partial.write_text("\n".join(self.lines) + "\n")
+        partial.replace(self.args.out / "log.jsonl")
+        self.since = time.perf_counter()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # ranks share the cores
+    options = arguments()
+    with dgc.init(options.backend) as runtime:
+        train(runtime, options)

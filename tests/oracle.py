@@ -1,0 +1,115 @@
+"""N workers in float64 with slow loops: the definition that the library is held against.
+
+Tensors are lists of floats by parameter name. Values travel unrounded (32 bits).
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from dgc.config import DGC
+
+Gradients = dict[str, list[float]]
+
+
+@dataclass
+class Sgd:
+    """The options of one param group."""
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+
+
+@dataclass
+class Oracle:
+    """The parameters, and for each worker u and v."""
+
+    params: Gradients
+    sgd: dict[str, Sgd]
+    config: DGC
+    workers: int
+    step_number: int = 0
+    u: list[Gradients] = field(default_factory=list)
+    v: list[Gradients] = field(default_factory=list)
+    shared: Gradients = field(default_factory=dict)
+    """The momentum that is the same on all workers: of weight decay, or all of it."""
+
+    def __post_init__(self) -> None:
+        self.u = [self._zeros() for _ in range(self.workers)]
+        self.v = [self._zeros() for _ in range(self.workers)]
+
+    def _zeros(self) -> Gradients:
+        return {name: [0.0] * len(p) for name, p in self.params.items()}
+
+    def density(self) -> float:
+        config, density, stages = self.config, self.config.warmup_density, []
+        while density > config.density * (1 + 1e-9):
+            stages.append(density)
+            density /= 4
+        if self.step_number >= config.warmup_steps or not stages:
+            return config.density
+        return stages[self.step_number * len(stages) // config.warmup_steps]
+
+    def step(self, gradients: list[Gradients]) -> None:
+        """One step; `gradients[i]` is what worker i found."""
+        arrived = self._zeros()
+        for worker, grads in enumerate(gradients):
+            factor = self._clip_factor(grads)
+            for name, g in grads.items():
+                sent = self._send(worker, name, [factor * x for x in g])
+                for index, value in sent.items():
+                    arrived[name][index] += value / self.workers
+        for name in self.params:
+            self._apply(name, arrived[name])
+        self.step_number += 1
+
+    def _clip_factor(self, grads: Gradients) -> float:
+        if self.config.clip_norm is None:
+            return 1.0
+        norm = math.sqrt(sum(x * x for g in grads.values() for x in g))
+        return min(1.0, self.config.clip_norm / math.sqrt(self.workers) / norm)
+
+    def _send(self, worker: int, name: str, g: list[float]) -> dict[int, float]:
+        config, sgd = self.config, self.sgd[name]
+        u, v = self.u[worker][name], self.v[worker][name]
+        rate = sgd.lr if config.fold_lr else 1.0
+        gain = 1.0 if self.step_number == 0 else 1 - sgd.dampening
+        for j, x in enumerate(g):
+            if not config.momentum_correction:
+                entering = x
+            elif sgd.nesterov:
+                u[j] = sgd.momentum * u[j] + gain * x
+                entering = gain * x + sgd.momentum * u[j]
+            else:
+                u[j] = sgd.momentum * u[j] + gain * x
+                entering = u[j]
+            v[j] += rate * entering
+        k = max(1, math.ceil(round(self.density() * len(v), 9)))
+        order = sorted(range(len(v)), key=lambda j: (-abs(v[j]), j))
+        sent = {j: v[j] for j in order[:k]}
+        for j in sent:
+            v[j] = 0.0
+            if config.momentum_masking:
+                u[j] = 0.0
+        if not config.local_accumulation:
+            v[:] = [0.0] * len(v)
+        return sent
+
+    def _apply(self, name: str, arrived: list[float]) -> None:
+        sgd, p = self.sgd[name], self.params[name]
+        own = self.config.momentum_correction
+        if self.config.fold_lr:
+            arrived = [x / sgd.lr for x in arrived]
+        buffer = self.shared.get(name)
+        d = [sgd.weight_decay * w + (0 if own else x) for w, x in zip(p, arrived, strict=True)]
+        if buffer is None:
+            buffer = list(d)
+        else:
+            gain = 1 - sgd.dampening
+            buffer = [sgd.momentum * b + gain * x for b, x in zip(buffer, d, strict=True)]
+        self.shared[name] = buffer
+        for j in range(len(p)):
+            direction = d[j] + sgd.momentum * buffer[j] if sgd.nesterov else buffer[j]
+            p[j] -= sgd.lr * (direction + (arrived[j] if own else 0.0))
