@@ -1,7 +1,8 @@
 """The final model: prune, share, encode, one small file."""
 
 from dgc.model.constrain import release, weights_of
-from dgc.model.file import export, inspect, load, read_state, save, save_state
+from dgc.model.distill import distill
+from dgc.model.file import export, inspect, load, plain_state, read_state, save, save_state
 from dgc.model.prune import (
     cubic_density,
     densities,
@@ -17,12 +18,14 @@ from dgc.model.share import share
 __all__ = [
     "cubic_density",
     "densities",
+    "distill",
     "export",
     "import_masks",
     "inspect",
     "l1_penalty",
     "l2_penalty",
     "load",
+    "plain_state",
     "prune",
     "prune_by_std",
     "prune_iteratively",

@@ -1,0 +1,179 @@
+"""Compress a trained image classifier: prune, retrain, share, retrain, save; a table of stages.
+
+from launch.compress import compress_model
+compress_model(model, data, "model.dgc")
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import dgc.model
+from dgc.model import report
+from launch.fashion_mnist import Data
+
+BATCH = 128
+MASK_EVERY = 50  # steps between two lowerings of the density
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a model is compressed."""
+
+    density: float | Mapping[str, float] = 0.08
+    """Share of weights kept, for all layers or by name."""
+    bits: int | Mapping[str, int] = 5
+    """Width of the codes of shared weights."""
+    penalty: float = 0.0
+    """λ of the entropy-penalised codes."""
+    prune_epochs: float = 2.0
+    """Epochs of training while the density falls and, for the last third, stays."""
+    share_epochs: float = 0.5
+    """Epochs in which the shared values train."""
+    lr: float = 1e-3
+    """Adam's step while pruning; it decays to zero along a cosine."""
+    share_lr: float = 2e-4
+    """Adam's step for the shared values."""
+    distill_weight: float = 0.0
+    """Weight of the uncompressed model's soft targets, at temperature 3."""
+    coder: str = "ans"
+    """`"ans"` or `"huffman"`."""
+    half: bool = False
+    """Biases and codebooks in 16 bits."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the table: accuracy in percent of the test images, bytes of a file."""
+
+    name: str
+    accuracy: float
+    file_bytes: int
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Percent of `images` that `model` labels rightly."""
+    model.eval()
+    with torch.no_grad():
+        parts = zip(images.split(1000), labels.split(1000), strict=True)
+        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in parts)
+    return 100 * right / len(labels)
+
+
+def train(
+    model: nn.Module,
+    data: Data,
+    *,
+    epochs: float,
+    lr: float,
+    seed: int = 0,
+    teacher: Tensor | None = None,
+    distill_weight: float = 0.0,
+    each_step: Callable[[int, int], None] = lambda step, steps: None,
+) -> None:
+    """Adam with a cosine schedule over part or all of `data`; `each_step(step, steps)` comes first.
+
+    `teacher` are the logits of another model on the training images.
+    """
+    steps = max(1, round(epochs * math.ceil(len(data.train_labels) / BATCH)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    batches: list[Tensor] = []
+    model.train()
+    for step in range(steps):
+        each_step(step, steps)
+        if not batches:
+            order = torch.randperm(len(data.train_labels), generator=generator)
+            batches = list(order.split(BATCH))
+        rows = batches.pop()
+        logits, labels = model(data.train_images[rows]), data.train_labels[rows]
+        if teacher is None or not distill_weight:
+            loss = F.cross_entropy(logits, labels)
+        else:
+            loss = dgc.model.distill(
+                logits, teacher[rows], labels, temperature=3.0, weight=distill_weight
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def compress_model(
+    model: nn.Module,
+    data: Data,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    seed: int = 0,
+    log: Callable[[str], None] = print,
+) -> tuple[list[Stage], report.Report]:
+    """Prune, retrain, share, retrain and save `model`, which is changed; log a table.
+
+    Args:
+        model: a trained classifier of `data`'s images.
+        out: the file to write.
+        recipe: by default 8 % of the weights, 5 bits.
+        log: called with each line of the table.
+
+    Returns:
+        The stages, and the report of the saved file.
+    """
+    recipe = recipe or Recipe()
+    test = (data.test_images, data.test_labels)
+    stages: list[Stage] = []
+
+    def stage(name: str, file_bytes: int) -> None:
+        stages.append(Stage(name, accuracy(model, *test), file_bytes))
+        log(f"{name:<28} accuracy {stages[-1].accuracy:6.2f} %  {file_bytes:>10,} bytes")
+
+    teacher = logits_of(model, data.train_images) if recipe.distill_weight else None
+    dense = sum(t.numel() * t.itemsize for t in dgc.model.plain_state(model).values())
+    stage("trained", dense)
+    extra = {"seed": seed, "teacher": teacher, "distill_weight": recipe.distill_weight}
+    _prune_and_train(model, data, recipe, **extra)
+    stage("pruned, retrained", _size(model, out, recipe))
+    dgc.model.share(model, _plain(recipe.bits), penalty=recipe.penalty)
+    stage("shared", _size(model, out, recipe))
+    train(model, data, epochs=recipe.share_epochs, lr=recipe.share_lr, **extra)
+    saved = dgc.model.save(model, out, coder=recipe.coder, half=recipe.half)
+    stage("shared, retrained, saved", saved.file_bytes)
+    return stages, saved
+
+
+def _prune_and_train(model: nn.Module, data: Data, recipe: Recipe, **extra: object) -> None:
+    """Lower the density along the cubic schedule for two thirds of the steps."""
+    target = _plain(recipe.density)
+    names = (
+        target if isinstance(target, dict) else dict.fromkeys(dgc.model.weights_of(model), target)
+    )
+
+    def lower(step: int, steps: int) -> None:
+        end = max(1, 2 * steps // 3)
+        if step == end or (step < end and step % MASK_EVERY == 0):
+            now = {n: dgc.model.cubic_density(step, 0, end, final=d) for n, d in names.items()}
+            dgc.model.prune(model, now)
+
+    train(model, data, epochs=recipe.prune_epochs, lr=recipe.lr, each_step=lower, **extra)
+
+
+def _plain(setting):
+    return dict(setting) if isinstance(setting, Mapping) else setting
+
+
+def _size(model: nn.Module, out: str | Path, recipe: Recipe) -> int:
+    """Bytes of the file as the model stands, written where the final one will lie."""
+    return dgc.model.save(model, out, coder=recipe.coder, half=recipe.half).file_bytes
+
+
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """`model`'s outputs for all `images`, a thousand at a time."""
+    model.eval()
+    with torch.no_grad():
+        return torch.cat([model(part) for part in images.split(1000)])
