@@ -87,39 +87,13 @@ class Selector(ABC):
 
 @dataclass(frozen=True)
 class ExactTopK(Selector):
-    """The counts[t] largest magnitudes of each tensor, found anew at each step.
+    """The counts[t] largest magnitudes of each tensor, of equal ones the first; never a zero.
 
     Example:
         >>> batch = ExactTopK().select_(torch.tensor([2.0, -3.0, 1.0]), Layout.of([3]), [2], None)
         >>> batch.indices.tolist()
         [0, 1]
     """
-
-    def select_(
-        self, v: Tensor, layout: Layout, counts: Sequence[int], state: Tensor | None
-    ) -> SparseBatch:
-        return kernels.select_(v, layout, counts, None)
-
-
-@dataclass(frozen=True)
-class ThresholdTopK(Selector):
-    """What `ExactTopK` selects, in the same pass that accumulates.
-
-    The state holds one threshold a tensor, guessed from the previous step so that somewhat more
-    than counts[t] elements pass; the largest of them are the selection. Where fewer than
-    counts[t] pass, or far more, that tensor is selected anew. So the state saves time and never
-    changes what is selected.
-
-    Example:
-        >>> layout = Layout.of([3])
-        >>> selector = ThresholdTopK()
-        >>> state = selector.state(layout)
-        >>> selector.select_(torch.tensor([2.0, -3.0, 1.0]), layout, [2], state).indices.tolist()
-        [0, 1]
-    """
-
-    def state(self, layout: Layout) -> Tensor | None:
-        return torch.zeros(len(layout.numels), device=layout.table.device)
 
     def select_(
         self, v: Tensor, layout: Layout, counts: Sequence[int], state: Tensor | None
@@ -137,6 +111,26 @@ class ThresholdTopK(Selector):
         state: Tensor | None,
     ) -> tuple[bool, SparseBatch]:
         return kernels.accumulate_select_(grads, u, v, layout, update, counts, state)
+
+
+@dataclass(frozen=True)
+class ThresholdTopK(ExactTopK):
+    """What `ExactTopK` selects, found sooner with a threshold from the step before.
+
+    The state holds one threshold a tensor, guessed so that about twice as many elements reach it
+    as are sent; the largest of them are the selection. A tensor where too few do is searched
+    again. So the state saves time and never changes what is selected.
+
+    Example:
+        >>> layout = Layout.of([3])
+        >>> selector = ThresholdTopK()
+        >>> state = selector.state(layout)
+        >>> selector.select_(torch.tensor([2.0, -3.0, 1.0]), layout, [2], state).indices.tolist()
+        [0, 1]
+    """
+
+    def state(self, layout: Layout) -> Tensor | None:
+        return torch.zeros(len(layout.numels), device=layout.table.device)
 
 
 @dataclass(frozen=True)

@@ -238,9 +238,9 @@ def test_remembered_thresholds_leave_few_tensors_to_collect_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     again: list[int] = []
-    exactly = cpu._collect_exactly
+    exactly = cpu._replaced
     monkeypatch.setattr(
-        cpu, "_collect_exactly", lambda b, t: (again.append(t.size), exactly(b, t))[1]
+        cpu, "_replaced", lambda f, b, few: (again.append(few.size), exactly(f, b, few))[1]
     )
     u, v, thresholds = torch.zeros(LAYOUT.offsets[-1]), gaussian(0), torch.zeros(len(NUMELS))
     for step in range(40):

@@ -1,10 +1,11 @@
 """The kernels on the CPU: which compiled loop runs over which part of the work, on how many threads.
 
-Thresholds guessed from the previous step collect candidates in the pass that updates the state.
-Where at least k of a tensor's elements reach its threshold, the k largest are among them, and only
-they are sorted out. A tensor where fewer do, or far more, gets an exact threshold and a second pass
-over it alone. Either way the result is that of `reference`, and the candidates are all the memory
-that is needed. Shapes: T tensors, n elements in all; arrays in the plural are over the tensors.
+The pass that updates the state collects candidates: what reaches a threshold that was guessed from
+the previous step, or, without one, what is larger than the k largest so far. Where at least k of a
+tensor's elements are collected, the k largest are among them, and only they have to be sorted out.
+A tensor where fewer reach the guess gets a second pass over it alone, without one. So the result
+is always that of `reference`, and the candidates are all the memory that is needed.
+Shapes: T tensors, n elements in all; arrays in the plural are over the tensors.
 """
 
 import os
@@ -29,8 +30,6 @@ Floats = NDArray[np.float32]
 
 MIN_PART = 1 << 14
 """Elements under which another thread costs more than it gives."""
-LARGE = 1 << 18
-"""Elements from which all threads search for the exact threshold of one tensor together."""
 NO_FLOATS = np.empty(0, np.float32)
 NO_INTS = np.empty(0, np.int64)
 NO_ROWS = np.empty((0, 4), np.float32)
@@ -79,7 +78,7 @@ class _Bucket(NamedTuple):
     ) -> "_Bucket":
         wanted = np.array(counts, np.int64)
         # So many candidates that a drift of the values from step to step rarely leaves under k.
-        targets = np.minimum(2 * wanted + 32, layout.numels)
+        targets = np.where(wanted > 0, np.minimum(2 * wanted + 32, layout.numels), 0)
         return cls(v.numpy(), layout, layout.table.numpy(), wanted, targets, _floats(thresholds))
 
 
@@ -123,9 +122,8 @@ def accumulate_select_(
     if not all(_split(cpu_sweep.all_finite, (addresses, bucket.edges), work, MIN_PART)):
         nothing = _Bucket.of(v, layout, [0] * len(counts), None)
         return False, _trim(nothing, _Candidates(NO_INTS, NO_FLOATS, nothing.wanted))
-    low = _guessed(bucket)
-    found = _collect(bucket, low, addresses, _floats(u), update.numpy())
-    return True, _trim(bucket, _repair(bucket, low, found))
+    found = _collect(bucket, _guessed(bucket), addresses, _floats(u), update.numpy())
+    return True, _trim(bucket, found)
 
 
 def select_(
@@ -133,11 +131,7 @@ def select_(
 ) -> SparseBatch:
     """As `reference.select_`; overwrites `thresholds`."""
     bucket = _Bucket.of(v, layout, counts, thresholds)
-    low = _guessed(bucket)
-    found = _Candidates(NO_INTS, NO_FLOATS, np.zeros_like(bucket.wanted))
-    if (low != cpu_sweep.NOTHING).any():
-        found = _collect(bucket, low, NO_INTS, NO_FLOATS, NO_ROWS)
-    return _trim(bucket, _repair(bucket, low, found))
+    return _trim(bucket, _collect(bucket, _guessed(bucket), NO_INTS, NO_FLOATS, NO_ROWS))
 
 
 def release_(u: Tensor | None, v: Tensor, layout: Layout, batch: SparseBatch, sent: Tensor) -> None:
@@ -148,82 +142,43 @@ def release_(u: Tensor | None, v: Tensor, layout: Layout, batch: SparseBatch, se
 
 
 def _guessed(bucket: _Bucket) -> Bits:
-    """The thresholds, as bits, for the first pass: what is remembered, or nothing passes."""
-    low = np.full(bucket.wanted.size, cpu_sweep.NOTHING, np.int32)
+    """The thresholds, as bits: what is remembered; else 1, which all elements but zeros reach."""
+    low = np.ones(bucket.wanted.size, np.int32)
     if bucket.thresholds.size:
-        known = (bucket.thresholds > 0) & (bucket.wanted > 0)
+        # A tensor that is wanted nearly whole passes whole, whatever its scale was.
+        known = (bucket.thresholds > 0) & (bucket.targets < bucket.layout.numels)
         low[known] = bucket.thresholds.view(np.int32)[known]
-        # One that is wanted nearly whole passes whole, zeros excepted, whatever its scale.
-        low[(bucket.targets == bucket.layout.numels) & (bucket.wanted > 0)] = 1
     return low
 
 
-def _limits(bucket: _Bucket) -> Ints:
-    return 8 * bucket.wanted + cpu_sweep.BLOCK
-
-
 def _collect(bucket: _Bucket, low: Bits, addresses: Ints, u: Floats, rows: Floats) -> _Candidates:
-    """Update all tensors, if there are gradients, and collect what reaches `low`."""
-    starts, stops = bucket.edges[:-1], bucket.edges[1:]
-    args = (addresses, u, bucket.v, starts, stops, bucket.edges, rows, low, bucket.wanted)
-    return _joined(
-        _split(cpu_sweep.collect, (*args, _limits(bucket)), int(bucket.edges[-1]), MIN_PART)
-    )
+    """Update all tensors, if there are gradients, and collect at least k candidates of each."""
+    everything = (bucket.edges[:-1], bucket.edges[1:], bucket.edges)
+    keeps = bucket.targets if bucket.thresholds.size else bucket.wanted
+    found = _sweep((addresses, u, bucket.v, *everything, rows, low, keeps))
+    few = np.flatnonzero((found.passed < bucket.wanted) & (low > 1))
+    return _replaced(found, bucket, few) if few.size else found
 
 
-def _joined(parts: Sequence[tuple[Ints, Floats, Ints]]) -> _Candidates:
+def _sweep(args: tuple[Any, ...]) -> _Candidates:
+    parts = _split(cpu_sweep.collect, args, int(args[5][-1]), MIN_PART)
     positions, values, passed = zip(*parts, strict=True)
     return _Candidates(np.concatenate(positions), np.concatenate(values), np.sum(passed, axis=0))
 
 
-def _repair(bucket: _Bucket, low: Bits, found: _Candidates) -> _Candidates:
-    """`found` with the tensors collected anew where too few passed, or too many to keep."""
-    too_few = (found.passed < bucket.wanted) & (low > 1)
-    bad = too_few | (found.passed > _limits(bucket))
-    if not bad.any():
-        return found
-    again = _collect_exactly(bucket, np.flatnonzero(bad))
+def _replaced(found: _Candidates, bucket: _Bucket, few: Ints) -> _Candidates:
+    """`found` with the tensors `few` collected anew, without a threshold."""
+    starts, stops = bucket.edges[few], bucket.edges[few + 1]
+    segments = (starts, stops, _edges(stops - starts))
+    low = np.ones(few.size, np.int32)
+    again = _sweep((NO_INTS, NO_FLOATS, bucket.v, *segments, NO_ROWS, low, bucket.targets[few]))
     passed = found.passed.copy()
-    passed[bad] = again.passed
-    good = ~bad[np.searchsorted(bucket.edges, found.positions, side="right") - 1]
-    if not good.any():
-        return again._replace(passed=passed)
-    positions = np.concatenate([found.positions[good], again.positions])
-    order = np.argsort(positions, kind="stable")
-    values = np.concatenate([found.values[good], again.values])
+    passed[few] = again.passed
+    kept = ~np.isin(np.searchsorted(bucket.edges, found.positions, side="right") - 1, few)
+    positions = np.concatenate([found.positions[kept], again.positions])
+    values = np.concatenate([found.values[kept], again.values])
+    order = np.argsort(positions)
     return _Candidates(positions[order], values[order], passed)
-
-
-def _collect_exactly(bucket: _Bucket, tensors: Ints) -> _Candidates:
-    """Between k and about 2k candidates of each of `tensors`, or all elements but zeros."""
-    starts, stops = bucket.edges[tensors], bucket.edges[tensors + 1]
-    low = np.ones(tensors.size, np.int32)
-    small = np.flatnonzero(stops - starts < LARGE)
-    ranks = bucket.targets[tensors]
-    _split(cpu_radix.floors, (bucket.v, starts, stops, ranks, low, small), small.size, 1)
-    for t in np.flatnonzero(stops - starts >= LARGE):
-        limit = int(_limits(bucket)[tensors[t]])
-        low[t] = _large_floor(bucket.v[starts[t] : stops[t]], int(ranks[t]), limit)
-    edges = _edges(stops - starts)
-    unlimited = np.full(tensors.size, np.iinfo(np.int64).max)
-    segments = (NO_INTS, NO_FLOATS, bucket.v, starts, stops, edges, NO_ROWS)
-    args = (*segments, low, bucket.wanted[tensors], unlimited)
-    return _joined(_split(cpu_sweep.collect, args, int(edges[-1]), MIN_PART))
-
-
-def _large_floor(v: Floats, rank: int, limit: int) -> int:
-    """Bits that at least `rank` magnitudes reach, and at most `limit` others exceed."""
-    above, prefix, prefix_shift = 0, 0, 31
-    for shift in (20, 10, 0):
-        args = (v, shift, prefix, prefix_shift)
-        counts = sum(_split(cpu_sweep.histogram, args, v.size, MIN_PART))
-        b, inside = cpu_radix.bin_of_rank(counts, rank - above)
-        above = rank - inside
-        prefix = b if shift == 20 else (prefix << 10) | (b & 1023)
-        prefix_shift = shift
-        if above + counts[b] <= limit:
-            break
-    return max(1, prefix << prefix_shift)
 
 
 def _trim(bucket: _Bucket, found: _Candidates) -> SparseBatch:

@@ -3,15 +3,18 @@
 from typing import Any
 
 import numpy as np
+from numba import njit
 
-from dgc.core.kernels.cpu_sweep import MAGNITUDE, kernel
+# Compiled on first use and kept on disk; the lock of the interpreter is not held while it runs.
+kernel = njit(nogil=True, cache=True)
 
+MAGNITUDE = np.int32(0x7FFFFFFF)
 BINS = 2048
 EVERYTHING = np.array([1], np.int32)
 
 
 @kernel
-def bin_of_rank(counts: Any, rank: int) -> Any:
+def _bin_of_rank(counts: Any, rank: int) -> Any:
     """The bin that holds the element of `rank` (1 is the largest), and its rank in that bin.
 
     Example: counts = [5, 2, 1], rank = 2: one element is above bin 1, so (1, 1).
@@ -36,7 +39,7 @@ def kth_largest(bits: Any, rank: int) -> Any:
         mask = np.int32(2047 if shift == 20 else 1023)
         for i in range(n):
             counts[(bits[i] >> shift) & mask] += 1
-        b, rank = bin_of_rank(counts, rank)
+        b, rank = _bin_of_rank(counts, rank)
         kept = 0
         for i in range(n):
             bits[kept] = bits[i]
@@ -56,16 +59,25 @@ def magnitudes(values: Any) -> Any:
 
 
 @kernel
-def floors(
-    v: Any, starts: Any, stops: Any, ranks: Any, low: Any, tensors: Any, lo: int, hi: int
-) -> None:
-    """low[t] ← the bits of the ranks[t]-th largest magnitude of segment t, for t in tensors[lo:hi].
+def compact(where: Any, what: Any, begin: int, end: int, keep: int) -> Any:
+    """Move the `keep` largest of the candidates [begin, end), of equal ones the first, to `begin`.
 
-    At least 1, so that a zero never reaches it. Example: [2, -3, 0], rank 2: the bits of 2.
+    Returns:
+        Where they end, and the bits of the smallest one's magnitude.
+
+    Example: values 2, -3, 2, 1, keep 2: 2, -3 remain and the bits of 2 are returned.
     """
-    for t in tensors[lo:hi]:
-        bits = magnitudes(v[starts[t] : stops[t]])
-        low[t] = max(np.int32(1), kth_largest(bits, ranks[t]))
+    bits = magnitudes(what[begin:end])
+    smallest = kth_largest(bits.copy(), keep)
+    ties = keep - (bits > smallest).sum()
+    n = begin
+    for j in range(end - begin):
+        if bits[j] > smallest or (bits[j] == smallest and ties > 0):
+            ties -= bits[j] == smallest
+            where[n] = where[begin + j]
+            what[n] = what[begin + j]
+            n += 1
+    return n, smallest
 
 
 @kernel
@@ -108,7 +120,8 @@ def trim(
     """Of each segment's candidates keep the largest, of equal ones the first; for t in lo:hi.
 
     Args:
-        where, what: positions in the flat state, ascending, and values of all candidates.
+        where, what: positions in the flat state, ascending, and values of all candidates;
+            overwritten.
         edges: int64 `[T+1]`, the candidates of segment t are edges[t] to edges[t+1].
         starts: int64 `[T]`, where segments begin.
         wanted, targets: int64 `[T]`: how many to keep, how many should pass the next threshold.
@@ -119,23 +132,14 @@ def trim(
     Example: candidates 2, 3, 2 at 10, 12, 15, start 10, wanted 2: indices 0, 2, values 2, 3.
     """
     for t in range(lo, hi):
-        mine = what[edges[t] : edges[t + 1]]
-        count = out_edges[t + 1] - out_edges[t]
-        kth, ties = np.int32(0), 0
-        if 0 < count < mine.size:
-            bits = magnitudes(mine)
-            kth = kth_largest(bits.copy(), count)
-            ties = count - (bits > kth).sum()
-        n = out_edges[t]
-        for j in range(edges[t], edges[t + 1]):
-            if n == out_edges[t + 1]:
-                break
-            magnitude = what[j : j + 1].view(np.int32)[0] & MAGNITUDE
-            if magnitude > kth or (magnitude == kth and ties > 0):
-                ties -= magnitude == kth
-                indices[n] = where[j] - starts[t]
-                values[n] = what[j]
-                n += 1
+        begin, end, out = edges[t], edges[t + 1], out_edges[t]
+        count = out_edges[t + 1] - out
+        all_candidates = what[begin:end].copy() if thresholds.size else what[:0]
+        if 0 < count < end - begin:
+            compact(where, what, begin, end, count)
+        for j in range(count):
+            indices[out + j] = where[begin + j] - starts[t]
+            values[out + j] = what[begin + j]
         if thresholds.size and wanted[t]:
-            kept = values[out_edges[t] : n]
-            thresholds[t] = _guess(mine, kept, wanted[t], targets[t])
+            kept = values[out : out + count]
+            thresholds[t] = _guess(all_candidates, kept, wanted[t], targets[t])

@@ -1,4 +1,4 @@
-"""Compiled loops over the elements of a bucket: finite check, update, collection, histogram.
+"""Compiled loops over the elements of a bucket: finite check, update, collection, release.
 
 Work is a list of segments, `starts[t]` to `stops[t]` of the flat state; `edges[t]` counts the
 elements of the segments before t. A call does the part of that work from `lo` to `hi`, so that
@@ -14,8 +14,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 
-# Compiled on first use and kept on disk; the lock of the interpreter is not held while it runs.
-kernel = njit(nogil=True, cache=True)
+# The disk cache of a kernel here does not notice a change in `cpu_radix`: delete it after one.
+from dgc.core.kernels.cpu_radix import MAGNITUDE, compact, kernel
+
 reassociating = njit(nogil=True, cache=True, fastmath={"reassoc"})
 
 BLOCK = 1024
@@ -24,10 +25,7 @@ RUN = 64
 """Elements counted at once; only runs with a hit are searched one by one."""
 SQUARES = 1 << 16
 """Elements whose squares are summed on their own, so that threads do not change the rounding."""
-MAGNITUDE = np.int32(0x7FFFFFFF)
 INFINITE = np.int32(0x7F800000)
-NOTHING = 0x7FFFFFFF
-"""A threshold, as bits, that no element reaches."""
 
 
 def _pointer(typing: Any, address: Any) -> Any:
@@ -41,7 +39,7 @@ _as_pointer: Any = intrinsic(_pointer)
 
 
 @kernel
-def _array(address: int, first: int, last: int) -> Any:
+def tensor_at(address: int, first: int, last: int) -> Any:
     """The float32 elements [first, last) of the tensor whose data starts at `address`."""
     return carray(_as_pointer(np.int64(address + 4 * first)), (last - first,), np.float32)
 
@@ -73,7 +71,7 @@ def all_finite(addresses: Any, edges: Any, lo: int, hi: int) -> bool:
     while t < addresses.size and edges[t] < hi:
         first = max(lo, edges[t]) - edges[t]
         last = min(hi, edges[t + 1]) - edges[t]
-        if _block_max(_array(addresses[t], first, last).view(np.int32)) >= INFINITE:
+        if _block_max(tensor_at(addresses[t], first, last).view(np.int32)) >= INFINITE:
             return False
         t += 1
     return True
@@ -99,7 +97,7 @@ def square_sums(addresses: Any, edges: Any, sums: Any, lo: int, hi: int) -> None
         while t < addresses.size and edges[t] < end:
             first = max(begin, edges[t]) - edges[t]
             last = min(end, edges[t + 1]) - edges[t]
-            total += _block_square_sum(_array(addresses[t], first, last))
+            total += _block_square_sum(tensor_at(addresses[t], first, last))
             t += 1
         sums[b] = total
 
@@ -136,11 +134,10 @@ def _hits(bits: Any, low: Any) -> Any:
 
 
 @kernel
-def _search(v: Any, first: int, low: Any, ties: int, where: Any, what: Any, n: int) -> Any:
+def _search(v: Any, first: int, low: Any, where: Any, what: Any, n: int) -> int:
     """Append the elements of block `v` whose magnitude has at least the bits `low`.
 
-    Of those equal to `low` only `ties` more are taken. Example: v = [2, -3, 1, 2], first = 10,
-    low = bits of 2, ties = 1: positions 10 and 11 are appended.
+    Example: v = [2, -3, 1], first = 10, low = bits of 2: positions 10 and 11 are appended.
     """
     bits = v.view(np.int32)
     for r in range(0, v.size, RUN):
@@ -148,13 +145,11 @@ def _search(v: Any, first: int, low: Any, ties: int, where: Any, what: Any, n: i
         if _hits(run, low) == 0:
             continue
         for i in range(run.size):
-            magnitude = run[i] & MAGNITUDE
-            if magnitude > low or (magnitude == low and ties > 0):
-                ties -= magnitude == low
+            if (run[i] & MAGNITUDE) >= low:
                 where[n] = first + r + i
                 what[n] = v[r + i]
                 n += 1
-    return n, ties
+    return n
 
 
 @kernel
@@ -179,67 +174,52 @@ def collect(
     edges: Any,
     rows: Any,
     low: Any,
-    wanted: Any,
-    limits: Any,
+    keeps: Any,
     lo: int,
     hi: int,
 ) -> Any:
     """Update the part with the gradients, where there are any, and collect what reaches `low`.
+
+    Whenever more than 2·keep + BLOCK elements of a segment are held, all but the `keep` largest are
+    dropped, and from there on only larger ones than the smallest of these pass. So the `keep`
+    largest of what reaches `low` are always among those returned, and memory is bounded.
 
     Args:
         addresses: int64 `[T]`, where each gradient lies, or `[0]` for no update.
         u, v: float32, the flat state; u is empty if there is none.
         starts, stops, edges: int64, the segments.
         rows: float32 `[T, 4]`, the update.
-        low: int32 `[T]`, the bits of the thresholds.
-        wanted, limits: int64 `[T]`; ties with the threshold beyond the first `wanted` are left
-            out, and a segment where more than `limits` pass is given up.
+        low: int32 `[T]`, the bits of the thresholds, at least 1.
+        keeps: int64 `[T]`, 0 to collect nothing.
 
     Returns:
-        Positions in the flat state, ascending; their values; how many of each segment, int64
-        `[T]`, more than `limits` where it was given up (none of its elements are returned).
+        Positions in the flat state, ascending; their values; how many of each segment.
     """
     passed = np.zeros(starts.size, np.int64)
     where, what, n = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.float32), 0
     t = _first_segment(edges, lo)
     while t < starts.size and edges[t] < hi:
         begin, end = _bounds(starts, stops, edges, t, lo, hi)
-        before, ties, floor = n, wanted[t], low[t]
+        before, keep, floor = n, keeps[t], low[t]
         for first in range(begin, end, BLOCK):
             last = min(first + BLOCK, end)
             block = v[first:last]
             if addresses.size:
-                g = _array(addresses[t], first - starts[t], last - starts[t])
+                g = tensor_at(addresses[t], first - starts[t], last - starts[t])
                 if u.size:
                     _update(g, u[first:last], block, rows[t])
                 else:
                     _update_plain(g, block, rows[t])
-            if floor != NOTHING:
+            if keep:
                 where, what = _room(where, what, n)
-                n, ties = _search(block, first, floor, ties, where, what, n)
-                if n - before > limits[t]:
-                    passed[t] = n - before
-                    n, floor = before, np.int32(NOTHING)
-        passed[t] += n - before
+                n = _search(block, first, floor, where, what, n)
+                if n - before > 2 * keep + BLOCK:
+                    n, smallest = compact(where, what, before, n, keep)
+                    # Of equal magnitudes the first are kept, so a later one is of no use.
+                    floor = np.int32(smallest + 1)
+        passed[t] = n - before
         t += 1
     return where[:n], what[:n], passed
-
-
-@kernel
-def histogram(v: Any, shift: int, prefix: int, prefix_shift: int, lo: int, hi: int) -> Any:
-    """How many magnitudes of v[lo:hi] have each value of (bits >> shift) mod 2048; int64 `[2048]`.
-
-    Only those whose bits >> prefix_shift equal `prefix` count (31 and 0: all of them). Example,
-    shift 20: 1.0 has bits 0x3F800000, so it counts in bin 0x3F8 = 1016.
-    """
-    # Neighbours often fall into one bin: four tables keep one add from waiting for another.
-    counts = np.zeros((4, 2048), np.int64)
-    bits = v[lo:hi].view(np.int32)
-    for i in range(bits.size):
-        magnitude = bits[i] & MAGNITUDE
-        if (magnitude >> prefix_shift) == prefix:
-            counts[i & 3, (magnitude >> shift) & 2047] += 1
-    return counts.sum(axis=0)
 
 
 @kernel
