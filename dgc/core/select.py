@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -162,30 +163,38 @@ class ChunkedTopK(Selector):
     def select_(
         self, v: Tensor, layout: Layout, counts: Sequence[int], state: Tensor | None
     ) -> SparseBatch:
-        starts, sizes, shares = [], [], []
-        for numel, k in zip(layout.numels, counts, strict=True):
-            for start in range(0, numel, self.chunk):
-                end = min(start + self.chunk, numel)
-                starts.append(start)
-                sizes.append(end - start)
-                shares.append(k * end // numel - k * start // numel)
+        starts, sizes, shares = _runs(layout.numels, tuple(counts), self.chunk)
         pieces = kernels.select_(v, Layout.of(sizes, v.device), shares, None)
         return _join(pieces, starts, layout)
 
 
-def _join(pieces: SparseBatch, starts: Sequence[int], layout: Layout) -> SparseBatch:
+@lru_cache(maxsize=1024)
+def _runs(
+    numels: tuple[int, ...], counts: tuple[int, ...], chunk: int
+) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+    """Where each run begins in its tensor, how long it is, and its share of the tensor's count."""
+    starts, sizes, shares = [], [], []
+    for numel, k in zip(numels, counts, strict=True):
+        for start in range(0, numel, chunk):
+            end = min(start + chunk, numel)
+            starts.append(start)
+            sizes.append(end - start)
+            shares.append(k * end // numel - k * start // numel)
+    return torch.tensor(starts, dtype=torch.int64), tuple(sizes), tuple(shares)
+
+
+def _join(pieces: SparseBatch, starts: Tensor, layout: Layout) -> SparseBatch:
     """The tensors of `layout` out of consecutive pieces; `starts` says where in its tensor each is.
 
     Example: pieces of 2 + 2 elements with indices [0], [1] and starts [0, 2]: indices [0, 3].
     """
     counts = torch.tensor(pieces.counts, dtype=torch.int64)
     ends = torch.tensor(pieces.numels, dtype=torch.int64).cumsum(0)
-    # A tensor ends with the piece that reaches its end; the last such piece, as sizes are positive.
+    # The pieces of a tensor are those that end where it ends or before.
     last = torch.searchsorted(ends, layout.table.cpu()[1:], right=True)
     total = torch.cat([counts.new_zeros(1), counts.cumsum(0)])[last]
-    moved = torch.tensor(starts, dtype=torch.int64).repeat_interleave(counts)
     return SparseBatch(
-        pieces.indices + moved.to(pieces.indices.device),
+        pieces.indices + starts.repeat_interleave(counts).to(pieces.indices.device),
         pieces.values,
         tuple(total.diff(prepend=total.new_zeros(1)).tolist()),
         layout.numels,
