@@ -13,9 +13,11 @@ from dgc.model.prune import (
     prune_by_std,
     prune_iteratively,
 )
+from dgc.model.sensitivity import Sensitivity, sensitivity
 from dgc.model.share import share
 
 __all__ = [
+    "Sensitivity",
     "cubic_density",
     "densities",
     "distill",
@@ -33,6 +35,7 @@ __all__ = [
     "release",
     "save",
     "save_state",
+    "sensitivity",
     "share",
     "weights_of",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dgc.core import codebook
 from dgc.errors import ConfigError
 from dgc.model.constrain import Constraint, bind_root, choose
+from dgc.model.progress import bar
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -67,6 +68,7 @@ def share(
     *,
     init: str = "kmeans",
     penalty: float | dict[str, float] = 0.0,
+    progress: bool = False,
 ) -> Model:
     """Replace each weight by zero or one of 2^bits − 1 learnt values of its layer.
 
@@ -80,6 +82,7 @@ def share(
         init: `"kmeans"` (optimal), `"linear"`, `"density"` or `"random"`.
         penalty: λ ≥ 0: squared error, relative to the mean square, worth one coded bit. Around
             0.001 to 0.03 it drops rare values and prunes further; 0 takes the nearest value.
+        progress: show a bar.
 
     Returns:
         `model`.
@@ -101,7 +104,8 @@ def share(
     """
     if init not in STARTS:
         raise ConfigError(f"init is {init!r}: one of {sorted(STARTS)}")
-    for name, (module, own, width) in choose(model, bits, "bits").items():
+    chosen = choose(model, bits, "bits")
+    for name, (module, own, width) in bar(list(chosen.items()), "share", progress):
         if width not in range(1, 9):
             raise ConfigError(f"bits of {name} is {width}: give 1 to 8")
         weight = module.get_parameter(own).detach()

@@ -1,0 +1,38 @@
+"""A state dict as a module, for those who have a file of weights and no model class."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from dgc.errors import ConfigError
+
+
+def module_of(state: Mapping[str, Tensor]) -> nn.Module:
+    """A module tree whose `state_dict()` is `state`: floating tensors are parameters.
+
+    It has no `forward`; `prune`, `share` and `save` take it like any model.
+
+    Raises:
+        ConfigError: if one name is a prefix of another or no module can hold it.
+
+    Example:
+        >>> import torch
+        >>> list(module_of({"fc.weight": torch.ones(2, 2), "steps": torch.tensor(3)}).state_dict())
+        ['steps', 'fc.weight']
+    """
+    root = nn.Module()
+    for name, tensor in state.items():
+        *path, own = name.split(".")
+        at = root
+        try:
+            for part in path:
+                if part not in at._modules:
+                    at.add_module(part, nn.Module())
+                at = at.get_submodule(part)
+            if tensor.is_floating_point():
+                at.register_parameter(own, nn.Parameter(tensor, requires_grad=False))
+            else:
+                at.register_buffer(own, tensor)
+        except (KeyError, AttributeError) as error:
+            raise ConfigError(f"{name!r} cannot be the name of a tensor: {error}") from error
+    return root
