@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.convergence_table import RESULTS, read, table
+
+from benchmarks.convergence_table import RESULTS, SETTING, picture, read, table
 from benchmarks.convergence_tasks import TASKS
 from benchmarks.convergence_world import World
-
 from dgc.config import DGC, Compression, Dense
 from dgc.errors import GradientError
 
@@ -122,7 +122,7 @@ def flushed(world: World, model: torch.nn.Module, evaluate: Callable[..., float]
 
 def provenance() -> dict[str, str]:
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
+        ["git", "describe", "--always", "--dirty"],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent,
@@ -154,13 +154,24 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="write accuracy against bytes here")
     args = parser.parse_args()
     if args.table or args.picture:
-        table(read(args.out), args.picture)
+        report(args)
         return
     torch.set_num_threads(1)
     for seed in args.seeds:
         for lr in args.lr:
             for arm in args.arms:
                 once(args, arm, seed, lr)
+
+
+def report(args: argparse.Namespace) -> None:
+    """The table of all rows; the picture of the chosen setting's."""
+    rows = read(args.out)
+    if args.table:
+        print(table(rows))
+    if args.picture:
+        chosen = {k: getattr(args, k) for k in SETTING}
+        wanted = [r for r in rows if r["arm"] in args.arms and chosen.items() <= r.items()]
+        picture(wanted, args.picture)
 
 
 def once(args: argparse.Namespace, arm: str, seed: int, lr: float) -> None:

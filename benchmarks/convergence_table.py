@@ -1,16 +1,113 @@
 """The table and the picture of convergence.py's results."""
 
 import json
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "convergence_cpu2_2026-11-23.jsonl"
+SETTING = ("task", "workers", "batch", "epochs", "schedule")
+# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom.
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+Row = dict[str, Any]
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[Row]:
     """All rows of a file of JSON lines; none if it is not there."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def table(rows, picture):
-    pass
+def table(rows: Sequence[Row]) -> str:
+    """One Markdown table for each setting, arms against dense with the same seeds."""
+    settings: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        settings[tuple(row[key] for key in SETTING)].append(row)
+    parts = []
+    for setting, own in settings.items():
+        parts.append("\n**" + ", ".join(f"{k} {v}" for k, v in zip(SETTING, setting, strict=True)))
+        parts[-1] += f"** ({own[0]['metric']})\n"
+        parts += [
+            "| arm | lr | seeds | result | minus dense (95 % interval) | flushed minus dense | dense bytes / sent bytes |",
+            "|---|---|---|---|---|---|---|",
+            *_lines(own),
+        ]
+    return "\n".join(parts)
+
+
+def _lines(rows: Sequence[Row]) -> list[str]:
+    arms: dict[tuple[str, float], list[Row]] = defaultdict(list)
+    for row in rows:
+        arms[row["arm"], row["lr"]].append(row)
+    dense = _reference(arms)
+    return [_line(arm, lr, own, dense) for (arm, lr), own in sorted(arms.items())]
+
+
+def _reference(arms: dict[tuple[str, float], list[Row]]) -> dict[int, float]:
+    """The results of the dense arm by seed, at its best learning rate of those with most seeds."""
+    sign = {"accuracy": 1, "perplexity": -1}
+    best: dict[int, float] = {}
+    score = (0, float("-inf"))
+    for (arm, _), own in arms.items():
+        finals = {row["seed"]: row["final"] for row in own if row["final"] is not None}
+        if arm == "dense" and finals:
+            new = (len(finals), sign[own[0]["metric"]] * mean(finals.values()))
+            if new > score:
+                best, score = finals, new
+    return best
+
+
+def _line(arm: str, lr: float, rows: Sequence[Row], dense: dict[int, float]) -> str:
+    finals = [row["final"] for row in rows if row["final"] is not None]
+    lost = len(rows) - len(finals)
+    seeds = f"{len(rows)}" + (f", {lost} diverged" if lost else "")
+    result = interval(finals, 2, "±") if finals else "—"
+    ratio = mean(row["stats"]["compression_ratio"] for row in rows)
+    cells = [_minus(rows, dense, key) for key in ("final", "flushed")]
+    return f"| `{arm}` | {lr:g} | {seeds} | {result} | {cells[0]} | {cells[1]} | {ratio:.0f} |"
+
+
+def _minus(rows: Sequence[Row], dense: dict[int, float], key: str) -> str:
+    pairs = [(r[key], dense[r["seed"]]) for r in rows if r[key] is not None and r["seed"] in dense]
+    if not pairs:
+        return "—"
+    if rows[0]["metric"] == "perplexity":
+        return interval([100 * (a / b - 1) for a, b in pairs], 1, "±", sign="+", unit=" %")
+    return interval([a - b for a, b in pairs], 2, "±", sign="+")
+
+
+def interval(
+    values: Sequence[float], digits: int, mark: str, sign: str = "", unit: str = ""
+) -> str:
+    """Mean and half width of its 95 % confidence interval; one value stands alone."""
+    text = f"{mean(values):{sign}.{digits}f}"
+    if len(values) == 1:
+        return text + unit
+    half = STUDENT[min(len(values) - 2, len(STUDENT) - 1)] * stdev(values) / len(values) ** 0.5
+    return f"{text} {mark} {half:.{digits}f}{unit}"
+
+
+def picture(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy after each epoch against the bytes that a worker has sent, means over seeds."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    arms: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["final"] is not None:
+            arms[row["arm"]].append(row)
+    figure, axes = plt.subplots(figsize=(6, 3.5), dpi=100)
+    for arm, own in arms.items():
+        curves = [row["curve"] for row in own]
+        sent = mean(row["stats"]["sent_bytes"] for row in own) / 2**20
+        bytes_ = [sent * (i + 1) / len(curves[0]) for i in range(len(curves[0]))]
+        axes.plot(bytes_, [mean(v) for v in zip(*curves, strict=True)], "o-", ms=3, label=arm)
+    axes.set(xscale="log", xlabel="sent by a worker, MiB", ylabel=f"test {rows[0]['metric']}, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Software": None})

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from launch.fashion_mnist import Data, load
-from launch.models import build
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
+
+from launch.fashion_mnist import Data, load
+from launch.models import build
 
 Loss = Callable[[], Tensor]
 
