@@ -103,6 +103,16 @@ def _cost(code: int, numel: int, count: int) -> int:
     return count * gap.index_cost + ((numel - count) >> gap.low_bits) * gap.quotient_cost
 
 
+def max_code_bits(code: int, numel: int, count: int) -> int:
+    """Bits that `count` indices below `numel` take at most with this code, the state apart.
+
+    Example:
+        >>> max_code_bits(8, 1000, 500), max_code_bits(79, 1000, 500)
+        (1001, 4939)
+    """
+    return -(-_cost(code, numel, count) // _COST_UNIT)
+
+
 @lru_cache(maxsize=4096)
 def choose_code(numel: int, count: int) -> int:
     """The code with the smallest bound for `count` of `numel` indices, the lowest among equals.
@@ -129,13 +139,11 @@ def max_index_bits(numel: int, count: int) -> int:
         >>> max_index_bits(1_000_000, 1000) / 1000  # the limit is 11.41
         11.429
     """
-    choose_code(numel, count)
-    if 2 * count > numel:
-        half = gap_code(CODES_PER_OCTAVE)
-        cost = numel * max(half.index_cost, half.quotient_cost)
-    else:
-        cost = _cost(choose_code(numel, count), numel, count)
-    return -(-cost // _COST_UNIT)
+    code = choose_code(numel, count)
+    if 2 * count <= numel:
+        return max_code_bits(code, numel, count)
+    half = gap_code(CODES_PER_OCTAVE)
+    return -(-numel * max(half.index_cost, half.quotient_cost) // _COST_UNIT)
 
 
 def max_index_bytes(numel: int, count: int) -> int:

@@ -6,15 +6,15 @@ returned or added: any bytes give the right answer or a `WireError`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dgc.core.kernels import codec_reference as codec
 from dgc.core.kernels.codec_reference import Body, Status
 from dgc.core.pack import choose_code
 from dgc.core.quantize import check_value_bits
@@ -153,11 +153,16 @@ def encode_batch(
 
 def _encode(
     batch: SparseBatch, value_bits: int, finite: bool, used: Sequence[bool] | None
-) -> tuple[bytes, npt.NDArray[np.float32], bool]:
+) -> tuple[bytes, Floats, bool]:
     """Message, decoded values, and whether the message is finite."""
-    count, numels = batch.indices.numel(), tuple(batch.numels)
-    code = choose_code(sum(numels), count) if count else 0
-    body, values, status = codec.encode(
+    from dgc.core.kernels import codec_cpu
+
+    count, numels = _check_batch(batch, used), tuple(batch.numels)
+    frame = partial(write_frame, numels, value_bits=value_bits, used=used)
+    if count == 0 or not finite:
+        return frame(0, 0, finite=finite, body=()), np.zeros(count, np.float32), finite
+    code = choose_code(sum(numels), count)
+    body, values, status = codec_cpu.encode(
         _host(batch.indices, torch.int64),
         _host(batch.values, torch.float32),
         np.array(batch.counts, np.int64),
@@ -167,14 +172,19 @@ def _encode(
     )
     if status is Status.INDEX:
         raise ConfigError("indices must ascend and lie in [0, numel) of their tensor")
-    finite = finite and status is Status.OK
-    if not finite or not count:
-        empty = write_frame(numels, 0, 0, value_bits, finite=finite, used=used, body=())
-        return empty, np.zeros(count, np.float32), finite
-    message = write_frame(
-        numels, count, code, value_bits, finite=True, used=used, body=tuple(map(bytes, body))
-    )
-    return message, values, True
+    if status is Status.VALUE:
+        return frame(0, 0, finite=False, body=()), np.zeros(count, np.float32), False
+    return frame(count, code, finite=True, body=tuple(map(bytes, body))), values, True
+
+
+def _check_batch(batch: SparseBatch, used: Sequence[bool] | None) -> int:
+    """K, if the parts of the batch fit together."""
+    sizes = batch.indices.numel(), batch.values.numel(), sum(batch.counts)
+    if len(set(sizes)) > 1 or min(batch.counts, default=0) < 0 or min(batch.numels, default=0) < 0:
+        raise ConfigError("indices, values and counts hold {}, {} and {}".format(*sizes))
+    if not len(batch.counts) == len(batch.numels) == len(batch.counts if used is None else used):
+        raise ConfigError(f"{len(batch.counts)} counts for {len(batch.numels)} tensors")
+    return sizes[0]
 
 
 def decode_batch(message: Tensor, numels: Sequence[int] | None = None) -> Message:
@@ -187,9 +197,9 @@ def decode_batch(message: Tensor, numels: Sequence[int] | None = None) -> Messag
     Raises:
         WireError: the bytes are not a valid message, or not one for tensors of `numels`.
     """
-    header, positions, values, counts = _decode(_host(message, torch.uint8), numels)
-    starts = np.concatenate([[0], _ends(header.numels)[:-1]]).astype(np.int64)
-    indices = positions - np.repeat(starts[: len(counts)], counts)
+    wanted = None if numels is None else tuple(numels)
+    header, positions, values, counts = _decode(_host(message, torch.uint8), wanted)
+    indices = positions - np.repeat(_starts(header.numels), counts)
     batch = SparseBatch(
         torch.from_numpy(indices).to(message.device),
         torch.from_numpy(values).to(message.device),
@@ -219,23 +229,86 @@ def add_mean_(message: Tensor, grads: Sequence[Tensor], scale: float | Sequence[
         >>> add_mean_(message, [grad], 0.5).num_values, grad.tolist()
         (1, [1.0, 4.0, 1.0])
     """
-    scales = [scale] * len(grads) if isinstance(scale, int | float) else list(scale)
+    (header,) = _add_([message], grads, scale, overwrite=False)
+    return header
+
+
+def set_mean_(
+    messages: Sequence[Tensor] | Tensor, grads: Sequence[Tensor], scale: float | Sequence[float]
+) -> list[Header]:
+    """Set dense gradients to `scale` × the sum of the messages' values; overwrites `grads`.
+
+    The same values as zeroing `grads` and calling `add_mean_` with one message after the other,
+    in one pass over the memory.
+
+    Args:
+        messages: uint8, each made for tensors with the numels of `grads`; or `[P, bytes]`.
+        grads: contiguous float32, of any shape.
+        scale: one factor, or one for each tensor.
+
+    Returns:
+        The headers. A message that is not finite adds nothing.
+
+    Raises:
+        WireError: one is not a valid message for `grads`, which are then left as they were.
+
+    Example:
+        >>> message = encode([Sparse(torch.tensor([1]), torch.tensor([6.0]), 3)], 32)
+        >>> grad = torch.ones(3)
+        >>> len(set_mean_([message, message], [grad], 0.5)), grad.tolist()
+        (2, [0.0, 6.0, 0.0])
+    """
+    return _add_(list(messages), grads, scale, overwrite=True)
+
+
+def _add_(
+    messages: list[Tensor],
+    grads: Sequence[Tensor],
+    scale: float | Sequence[float],
+    *,
+    overwrite: bool,
+) -> list[Header]:
+    from dgc.core.kernels import codec_cpu
+
+    _check_dense(grads)
+    numels = tuple(grad.numel() for grad in grads)
+    scales = np.empty(len(grads), np.float32)
+    scales[:] = scale
+    host = [_host(message, torch.uint8) for message in messages]
+    decoded = codec_cpu.each(lambda message: _decode(message, numels), host)
+    if all(grad.device.type == "cpu" for grad in grads):
+        positions = np.concatenate([np.zeros(0, np.int64), *(each.positions for each in decoded)])
+        values = np.concatenate([np.zeros(0, np.float32), *(each.values for each in decoded)])
+        edges = np.cumsum([0, *(len(each.positions) for each in decoded)])
+        codec_cpu.add_(positions, values, edges, _ends(numels), grads, scales, overwrite)
+    else:
+        _add_on_device_(decoded, grads, scales, overwrite)
+    return [each.header for each in decoded]
+
+
+def _add_on_device_(
+    decoded: Sequence["_Decoded"], grads: Sequence[Tensor], scales: Floats, overwrite: bool
+) -> None:
+    if overwrite:
+        torch._foreach_zero_(list(grads))
+    for each in decoded:
+        factors = np.repeat(scales, each.counts)
+        values = torch.from_numpy(each.values * factors).to(grads[0].device)
+        starts = np.repeat(_starts(each.header.numels), each.counts)
+        indices = torch.from_numpy(each.positions - starts).to(grads[0].device)
+        counts = each.counts.tolist()
+        runs = zip(grads, indices.split(counts), values.split(counts), strict=True)
+        for grad, where, what in runs:
+            # No index comes twice in a message, so the result does not depend on the order.
+            grad.view(-1).index_add_(0, where, what)
+
+
+def _check_dense(grads: Sequence[Tensor]) -> None:
     for grad in grads:
         if grad.dtype is not torch.float32 or not grad.is_contiguous():
             raise ConfigError(
-                f"gradient is {grad.dtype}, stride {grad.stride()}: give contiguous float32"
+                f"a gradient is {grad.dtype} with strides {grad.stride()}: give contiguous float32"
             )
-    numels = [grad.numel() for grad in grads]
-    header, positions, values, counts = _decode(_host(message, torch.uint8), numels)
-    first = 0
-    ends = _ends(header.numels)
-    for grad, factor, count, numel, end in zip(grads, scales, counts, numels, ends, strict=True):
-        run = slice(first, first + int(count))
-        where = torch.from_numpy(positions[run] - (end - numel)).to(grad.device)
-        what = torch.from_numpy(values[run] * np.float32(factor)).to(grad.device)
-        grad.view(-1).index_add_(0, where, what)
-        first += int(count)
-    return header
 
 
 def _host(tensor: Tensor, dtype: torch.dtype) -> npt.NDArray[Any]:
@@ -246,17 +319,30 @@ def _ends(numels: Sequence[int]) -> Ints:
     return np.cumsum(np.array(numels, np.int64))
 
 
-def _decode(message: Bytes, numels: Sequence[int] | None) -> tuple[Header, Ints, Floats, Ints]:
-    """Header, positions `[K]`, values `[K]` and counts `[T]`, everything checked."""
-    header, at = read_frame(message, None if numels is None else tuple(numels))
+def _starts(numels: Sequence[int]) -> Ints:
+    return _ends(numels) - np.array(numels, np.int64)
+
+
+class _Decoded(NamedTuple):
+    """A checked message: positions and values `[K]`, counts `[T]`."""
+
+    header: Header
+    positions: Ints
+    values: Floats
+    counts: Ints
+
+
+def _decode(message: Bytes, numels: tuple[int, ...] | None) -> _Decoded:
+    from dgc.core.kernels import codec_cpu
+
+    header, at = read_frame(message, numels)
     count, ends = header.num_values, _ends(header.numels)
     if count == 0:
-        zeros = np.zeros(len(ends), np.int64)
-        return header, np.zeros(0, np.int64), np.zeros(0, np.float32), zeros
+        return _Decoded(header, np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros_like(ends))
     body = Body(*(message[begin:end] for begin, end in pairwise(at)))
-    positions, values, counts, status = codec.decode(
+    positions, values, counts, status = codec_cpu.decode(
         body, count, ends, header.code, header.value_bits
     )
     if status is not Status.OK:
-        raise WireError(f"{FINDINGS[status]}: the sender's encoder is at fault")
-    return header, positions, values, counts
+        raise WireError(f"{FINDINGS[status]}: the encoder that wrote it is at fault")
+    return _Decoded(header, positions, values, counts)

@@ -25,6 +25,12 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 
+SEARCH_BINS = 128
+"""Resolution of the histogram that levels are fitted to."""
+MAX_SEARCHED_LEVELS = 8
+"""With more levels, from the smallest to the largest magnitude is good enough."""
+
+
 class Status(IntEnum):
     """What a kernel found; anything but OK leaves its other results meaningless."""
 
@@ -57,7 +63,7 @@ class Body(NamedTuple):
 def encode(
     indices: Ints, values: Floats, counts: Ints, ends: Ints, code: int, value_bits: int
 ) -> tuple[Body, Floats, Status]:
-    """The body of a message, and float32 `[K]` what a receiver will make of the values.
+    """The body of a message, K ≥ 1, and float32 `[K]` what a receiver will make of its values.
 
     Args:
         indices: `[K]`, local to its tensor.
@@ -147,8 +153,6 @@ def encode_quotients(quotients: list[int], starts: Ints) -> Bytes:
         >>> encode_quotients([0, 1], gap_code(8).starts).tolist()  # 3 bits: 8 · 2^31
         [4, 0, 0, 0, 0, 0, 1, 0]
     """
-    if not quotients:
-        return np.zeros(0, np.uint8)
     table, escape = starts.tolist(), len(starts) - 2
     state, emitted = STATE_LOW, []
     for quotient in reversed(quotients):
@@ -166,8 +170,6 @@ def encode_quotients(quotients: list[int], starts: Ints) -> Bytes:
 def decode_quotients(section: Bytes, count: int, starts: Ints) -> tuple[list[int], Status]:
     """The inverse of `encode_quotients`, for a section of at least two words if `count` > 0."""
     words, table, escape = section.view("<u4").tolist(), starts.tolist(), len(starts) - 2
-    if count == 0:
-        return [], Status.LEFT_OVER if words else Status.OK
     state, used, quotient = words[0] << 32 | words[1], 2, 0
     quotients: list[int] = []
     if not STATE_LOW <= state < 1 << 63:
@@ -223,25 +225,82 @@ def _valid_parameters(parameters: Ints) -> bool:
 
 
 def _nearest(magnitudes: Floats, table: Floats) -> Ints:
-    """The nearest level in float64, the lower one of two equally near."""
-    wide = table.astype(np.float64)
-    upper = np.clip(np.searchsorted(wide, magnitudes, side="left"), 1, max(1, len(wide) - 1))
+    """The nearest level in float64, the lowest of equally near ones."""
+    wide, first = np.unique(table.astype(np.float64), return_index=True)
     if len(wide) == 1:
         return np.zeros(len(magnitudes), np.int64)
+    upper = np.clip(np.searchsorted(wide, magnitudes), 1, len(wide) - 1)
     down = magnitudes - wide[upper - 1] <= wide[upper] - magnitudes
-    return np.where(down, upper - 1, upper)
+    return first[np.where(down, upper - 1, upper)].astype(np.int64)
 
 
 def _fit(magnitudes: Floats, value_bits: int) -> tuple[int, int]:
-    """The parameters of one tensor."""
-    if len(magnitudes) == 0:
-        return 0, 0
-    if value_bits == 1:
-        mean = np.float32(np.cumsum(magnitudes.astype(np.float64))[-1] / len(magnitudes))
-        level = min((int(mean.view(np.uint32)) + 0x8000) >> 16, MAX_FINITE)
-        return level, level
-    top = int(magnitudes.max().view(np.uint32))
+    """The parameters of one tensor: its extremes, or what a search makes of them."""
     positive = magnitudes[magnitudes > 0]
-    bottom = int(positive.min().view(np.uint32)) if len(positive) else 0
-    zero = ZERO_LEVEL if 0 < len(positive) < len(magnitudes) else 0
-    return bottom >> 16 | zero, min((top + 0xFFFF) >> 16, MAX_FINITE)
+    zero = ZERO_LEVEL if value_bits > 1 and 0 < len(positive) < len(magnitudes) else 0
+    num_levels = (1 << (value_bits - 1)) - (zero != 0)
+    if len(positive) == 0:
+        return 0, 0
+    if num_levels == 1:
+        counted = positive if zero else magnitudes
+        mean = np.float32(np.cumsum(counted.astype(np.float64))[-1] / len(counted))
+        level = _upper(int(mean.view(np.uint32)))
+        return level | zero, level
+    low, high = int(positive.min().view(np.uint32)), int(positive.max().view(np.uint32))
+    if len(positive) <= num_levels or num_levels > MAX_SEARCHED_LEVELS:
+        return low >> 16 | zero, min((high + 0xFFFF) >> 16, MAX_FINITE)
+    low, high = _search(positive, low, high, num_levels)
+    return _upper(low) | zero, _upper(high)
+
+
+def _upper(bits: int) -> int:
+    return min((bits + 0x8000) >> 16, MAX_FINITE)
+
+
+def _search(positive: Floats, low: int, high: int, num_levels: int) -> tuple[int, int]:
+    """First and last level, as bits, of a small squared error: a pattern search from the extremes.
+
+    Each end is moved by a step as long as that helps; then the step is halved. The error is taken
+    from a histogram, not from the values.
+    """
+    width = (high - low) // SEARCH_BINS + 1
+    bins = (positive.view(np.uint32).astype(np.int64) - low) // width
+    wide = positive.astype(np.float64)
+    moments = [
+        np.cumsum(np.bincount(bins, weights, SEARCH_BINS)).tolist()
+        for weights in (np.ones_like(wide), wide, wide * wide)
+    ]
+    first, last, step = low, high, (high - low) // 4
+    best = _error(moments, low, width, first, last, num_levels)
+    smallest = (high - low) // SEARCH_BINS
+    while step > smallest:
+        moved = False
+        for up, down in ((step, 0), (0, step), (-step, 0), (0, -step)):
+            if not low <= first + up <= last - down <= high:
+                continue
+            error = _error(moments, low, width, first + up, last - down, num_levels)
+            if error < best:
+                best, first, last, moved = error, first + up, last - down, True
+        if not moved:
+            step //= 2
+    return first, last
+
+
+def _error(
+    moments: list[list[float]], low: int, width: int, first: int, last: int, num_levels: int
+) -> float:
+    """Σ (v − level)², each bin going as a whole to the level that is nearest to its start."""
+    steps = np.arange(num_levels)
+    bits = first + (last - first) * steps // (num_levels - 1)
+    table = bits.astype(np.int32).view(np.float32).astype(np.float64)
+    middle = ((table[:-1] + table[1:]) / 2).astype(np.float32).view(np.int32).astype(np.int64)
+    error, seen = 0.0, (0.0, 0.0, 0.0)
+    for level, border in zip(table.tolist(), [*middle.tolist(), 1 << 32], strict=True):
+        index = min((border - low) // width, SEARCH_BINS) - 1
+        upto = (
+            (moments[0][index], moments[1][index], moments[2][index]) if index >= 0 else (0.0,) * 3
+        )
+        count, total, squares = (b - a for a, b in zip(seen, upto, strict=True))
+        error += squares - 2 * level * total + level * level * count
+        seen = upto
+    return error
