@@ -196,6 +196,7 @@ def _adamw(model: nn.Module, lr: float) -> Optimizer:
 
 TASKS: dict[str, Task] = {
     "lenet5": Images("lenet5"),
+    "lenet300": Images("lenet300"),
     "resnet20": Images("resnet20", nesterov=True),
     "lstm": Text(LSTM, _sgd, length=64, steps=200),
     "gpt": Text(GPT, _adamw, length=128, steps=100),

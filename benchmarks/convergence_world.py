@@ -66,7 +66,7 @@ class Follower(Reducer):
     """Worker 1 to N−1: sends as every rank does; what arrives is worker 0's to decode."""
 
     def __init__(self, leader: DistributedOptimizer, comm: Member) -> None:
-        super().__init__(leader.params, leader.config, comm, leader._row)
+        super().__init__(leader.params, leader.config, comm, leader.reducer.rows)
         self.leader = leader
 
     def _receive(self, index: int) -> Arrival:
