@@ -4,6 +4,7 @@ from dgc import core, train
 from dgc.comm.runtime import Runtime, init
 from dgc.config import DGC, Dense
 from dgc.errors import DGCError
+from dgc.train.hook import register
 from dgc.train.optimizer import DistributedOptimizer
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "Runtime",
     "core",
     "init",
+    "register",
     "train",
 ]

@@ -7,19 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from dgc.comm.base import Communicator
 from dgc.comm.runtime import default_communicator
 from dgc.config import DGC, Compression
-from dgc.errors import ConfigError, GradientError, StateError
+from dgc.errors import ConfigError, GradientError
 from dgc.train.agree import check_agreement, named_parameters_of
-from dgc.train.bucket import Row
-from dgc.train.momentum import LocalMomentum
-from dgc.train.reducer import Reducer, is_excluded
-
-STATE_VERSION = 1
-_NO_MOMENTUM = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0}
+from dgc.train.guard import Guard
+from dgc.train.inner import InnerStep, RefuseScaler, check_supported
+from dgc.train.reducer import Reducer
+from dgc.train.state import KEYS, check_header, header
 
 
 class DistributedOptimizer(Optimizer):
@@ -35,6 +33,9 @@ class DistributedOptimizer(Optimizer):
         compression: `dgc.DGC(...)` or `dgc.Dense(...)`.
         comm: the ranks; None is the communicator of the last `dgc.init()`.
         named_buffers: `model.named_buffers()` to broadcast these too.
+        scaler: the `torch.amp.GradScaler` of the training loop, if it has one: gradients are
+            unscaled before they enter the memory, and an inf on one rank makes every rank's scaler
+            skip the step and back off once. The exchange then ends with the backward pass.
 
     Raises:
         ConfigError: an optimizer that would apply momentum twice, names or dtypes that do not
@@ -60,20 +61,23 @@ class DistributedOptimizer(Optimizer):
         comm: Communicator | None = None,
         *,
         named_buffers: Iterable[tuple[str, Tensor]] = (),
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         # Optimizer.__init__ is not called: param_groups and state are those of the wrapped one.
         config = DGC() if compression is None else compression
-        self.optimizer, self.config = optimizer, config
-        self.owns_momentum = isinstance(config, DGC) and config.momentum_correction
-        _check_supported(optimizer, self.owns_momentum)
+        self.optimizer, self.config, self.scaler = optimizer, config, scaler
+        if isinstance(optimizer, DistributedOptimizer):
+            raise ConfigError(
+                "the optimizer is a DistributedOptimizer already: momentum would be "
+                "applied twice. Wrap the plain optimizer"
+            )
+        check_supported(optimizer, config, scaler)
         self.comm = comm or default_communicator()
         self.params = named_parameters_of(optimizer, named_parameters)
         check_agreement(self.params, config.describe(), self.comm)
-        self._group = {p: g for g in optimizer.param_groups for p in g["params"]}
-        self.reducer = Reducer(self.params, config, self.comm, self._row)
-        self.local = LocalMomentum()
-        self._sent_lr: dict[int, float] = {}
-        self._with_momentum: set[str] = set()  # had a step: dampening starts with the second
+        self.inner = inner = InnerStep(optimizer, self.params, config, scaler)
+        self.reducer = Reducer(self.params, config, self.comm, inner.row, lambda: inner.loss_scale)
+        self.guard = Guard(self.params)
         self._syncing, self._synchronized, self._apply = True, False, True
         self._broadcast(named_buffers)
         for name, param in self.params.items():
@@ -86,29 +90,18 @@ class DistributedOptimizer(Optimizer):
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         def ready(_: Tensor) -> None:
             if self._syncing:
-                if self._synchronized:
+                if self._synchronized and self._apply:
                     raise GradientError(
                         "a backward pass between synchronize() and step(): its gradients would be "
                         "added to the mean. Call step() and zero_grad() first"
                     )
+                self._synchronized = False  # by a scaler's leave: it skipped the step
+                if self.scaler is not None and not self.reducer.pending:
+                    engine = torch.autograd.Variable._execution_engine
+                    engine.queue_callback(self.synchronize)
                 self.reducer.ready(name)
 
         return ready
-
-    def _row(self, name: str) -> Row:
-        """How the gradient of `name` enters the memory now."""
-        config, group = self.config, self._group[self.params[name]]
-        if not isinstance(config, DGC) or is_excluded(name, config):
-            return Row()
-        lr, applied = 1.0, 1.0
-        if config.fold_lr:
-            # At rate 0 nothing enters, and what is left over is still applied as it is.
-            lr = self._sent_lr[id(group)] = float(group["lr"])
-            applied = lr if lr else 1.0
-        if not self.owns_momentum:
-            return Row(lr=lr, applied_lr=applied)
-        gain = 1 - group["dampening"] if name in self._with_momentum else 1.0
-        return Row(group["momentum"], gain, lr, group["nesterov"], applied)
 
     def synchronize(self) -> None:
         """Wait for the exchange; afterwards `.grad` holds the mean, to clip or look at.
@@ -121,7 +114,10 @@ class DistributedOptimizer(Optimizer):
             WireError: a message was damaged on its way.
         """
         if not self._synchronized:
+            self.guard.check()
             self._apply = self.reducer.finish()
+            self.inner.exchanged()
+            self.guard.delivered()
             self._synchronized = True
 
     @torch.no_grad()
@@ -142,36 +138,15 @@ class DistributedOptimizer(Optimizer):
         self._synchronized = False
         if not self._apply:
             return
-        if not self.owns_momentum:
-            self._step_inner({})
-            return
-        for name, param in self.params.items():
-            if param.grad is not None:
-                self._with_momentum.add(name)
-                self._add_local(name, param)
-        self._step_inner(_NO_MOMENTUM)
-
-    def _add_local(self, name: str, param: Parameter) -> None:
-        group = self._group[param]
-        excluded, scale = is_excluded(name, self.config), 1 - self._steps_with_one(group)
-        self.local.add_(name, param, group, excluded=excluded, scale=scale)
-
-    def _steps_with_one(self, group: dict[str, Any]) -> bool:
-        """Whether what arrived is applied as it is, as the learning rate was 0 when it was sent."""
-        return self._sent_lr.get(id(group)) == 0
-
-    def _step_inner(self, changes: dict[str, Any]) -> None:
-        """Step the wrapped optimizer with some options changed for the time of the call."""
-        saved = [dict(group) for group in self.param_groups]
+        self.inner.before()
         try:
-            for group in self.param_groups:
-                group.update(changes)
-                if self._steps_with_one(group):
-                    group["lr"] = 1.0
             self.optimizer.step()
         finally:
-            for group, old in zip(self.param_groups, saved, strict=True):
-                group.update({key: old[key] for key in (*changes, "lr")})
+            self.inner.after()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool | RefuseScaler:
+        return False if self.scaler is not None else RefuseScaler()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, as the wrapped optimizer does.
@@ -206,12 +181,9 @@ class DistributedOptimizer(Optimizer):
         Residuals differ among ranks: every rank saves its own and loads its own.
         """
         return {
-            "version": STATE_VERSION,
-            "rank": self.comm.rank,
-            "world_size": self.comm.world_size,
+            **header(self.comm),
             "optimizer": self.optimizer.state_dict(),
-            "local_momentum": {name: b.clone() for name, b in self.local.buffers.items()},
-            "with_momentum": sorted(self._with_momentum),
+            **self.inner.state_dict(),
             **self.reducer.state_dict(),
         }
 
@@ -222,23 +194,11 @@ class DistributedOptimizer(Optimizer):
             StateError: another format version, rank, world size, or model; the difference is named
                 and nothing is changed.
         """
-        wanted = {
-            "version": STATE_VERSION,
-            "rank": self.comm.rank,
-            "world_size": self.comm.world_size,
-        }
-        for key, value in wanted.items():
-            if state_dict.get(key) != value:
-                raise StateError(f"this state has {key} {state_dict.get(key)}, here it is {value}")
-        unknown = sorted(state_dict["local_momentum"].keys() - self.params.keys())
-        if unknown:
-            raise StateError(f"this state has momentum for {unknown[0]}, which is not trained here")
+        check_header(state_dict, self.comm, (*KEYS, "optimizer"))
+        self.inner.check_state(state_dict)
         self.reducer.load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict["optimizer"])
-        self._group = {p: g for g in self.param_groups for p in g["params"]}
-        buffers = state_dict["local_momentum"]
-        self.local.buffers = {n: b.clone().to(self.params[n]) for n, b in buffers.items()}
-        self._with_momentum = set(state_dict["with_momentum"])
+        self.inner.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         raise ConfigError("add_param_group() is not supported: wrap the optimizer again")
@@ -264,28 +224,3 @@ class DistributedOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"DistributedOptimizer({self.optimizer!r}, {self.config!r})"
-
-
-def _check_supported(optimizer: Optimizer, owns_momentum: bool) -> None:
-    if isinstance(optimizer, DistributedOptimizer):
-        raise ConfigError(
-            "the optimizer is a DistributedOptimizer already: momentum would be "
-            "applied twice. Wrap the plain optimizer"
-        )
-    if not owns_momentum:
-        return
-    if not isinstance(optimizer, SGD):
-        raise ConfigError(
-            f"momentum correction needs torch.optim.SGD, this is {type(optimizer).__name__}: pass "
-            "compression=dgc.DGC(momentum_correction=False) to leave momentum to the optimizer"
-        )
-    if type(optimizer).step is not SGD.step:
-        raise ConfigError(
-            f"{type(optimizer).__name__} overrides SGD.step and may apply momentum a second time: "
-            "use torch.optim.SGD, or dgc.DGC(momentum_correction=False)"
-        )
-    if any("momentum_buffer" in each for each in optimizer.state.values()):
-        raise ConfigError(
-            "the optimizer has momentum of earlier steps, which would be applied beside the "
-            "memory's: wrap it before its first step, or load the state through the wrapper"
-        )

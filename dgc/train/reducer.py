@@ -34,6 +34,7 @@ class Reducer:
         config: `DGC` or `Dense`.
         comm: the ranks.
         rows: how the gradient of a parameter enters the memory now.
+        loss_scale: by what the gradients of this step are too large.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class Reducer:
         config: Compression,
         comm: Communicator,
         rows: Callable[[str], Row],
+        loss_scale: Callable[[], float] = lambda: 1.0,
     ) -> None:
-        self.params, self.config, self.comm, self.rows = dict(params), config, comm, rows
+        self.params, self.config, self.comm = dict(params), config, comm
+        self.rows, self.loss_scale = rows, loss_scale
         self.names = plan(self.params, config)
         self.buckets = [self._bucket(names) for names in self.names]
         self.stats = Stats(pattern=self.buckets[0].pattern.name)
@@ -55,6 +58,8 @@ class Reducer:
 
     def _begin(self) -> None:
         self._ready: set[str] = set()
+        self._given: dict[str, Tensor] = {}
+        self._unused: set[str] = set()
         self._missing = [len(names) for names in self.names]
         self._started: list[tuple[Handle, list[Row]]] = []
         self._clip_scale: float | None = None
@@ -72,8 +77,13 @@ class Reducer:
         """Whether gradients of this step are under way."""
         return bool(self._ready)
 
-    def ready(self, name: str) -> None:
+    def ready(self, name: str, grad: Tensor | None = None, *, used: bool = True) -> None:
         """The gradient of `name` is complete.
+
+        Args:
+            name: the parameter.
+            grad: where the gradient lies and the mean shall be written; `.grad` by default.
+            used: False if `grad` is zero only because the parameter was not used.
 
         Raises:
             GradientError: it was complete already: a second backward pass before the step.
@@ -84,6 +94,9 @@ class Reducer:
                 "of a step inside `with optimizer.no_sync():`"
             )
         self._ready.add(name)
+        if grad is not None:
+            self._given[name] = grad
+            self._unused |= set() if used else {name}
         self._missing[self._place[name]] -= 1
         if self._clip_norm is not None and len(self._ready) < len(self.params):
             return  # the norm needs the whole gradient
@@ -107,10 +120,13 @@ class Reducer:
         for names, bucket, arrival in zip(self.names, self.buckets, arrivals, strict=True):
             if not finite:
                 bucket.put_back_()
+                for name in names:  # as a dense exchange would leave it, and a scaler looks for it
+                    self._grad(name).fill_(torch.nan)
             for index, used in enumerate(arrival.used):
                 if not used and arrival.finite:
                     bucket.forget_(index)
-                    self.params[names[index]].grad = None
+                    if names[index] not in self._given:
+                        self.params[names[index]].grad = None
         self._begin()
         self.step += 1
         self.stats.steps += 1
@@ -131,7 +147,7 @@ class Reducer:
         index = len(self._started)
         bucket, names = self.buckets[index], self.names[index]
         with self._timed("compress_seconds"):
-            used = [self.params[name].grad is not None for name in names]
+            used = [self._uses(name) for name in names]
             scale = self._scale()
             grads = [self._grad(name) for name in names] if math.isfinite(scale) else None
             rows = [self.rows(name) for name in names]
@@ -147,15 +163,22 @@ class Reducer:
         if self._clip_norm is None:
             return 1.0
         if self._clip_scale is None:
-            grads = [p.grad for p in self.params.values() if p.grad is not None]
-            squared = kernels.squared_norm(grads) if grads else 0.0
+            grads = [self._grad(name) for name in self.params if self._uses(name)]
+            squared = kernels.squared_norm(grads) / self.loss_scale() ** 2 if grads else 0.0
             finite = math.isfinite(squared)
             scale = local_clip_scale(squared, self._clip_norm, self.comm.world_size)
             self._clip_scale = scale if finite else math.nan
         return self._clip_scale
 
+    def _uses(self, name: str) -> bool:
+        if name in self._given:
+            return name not in self._unused
+        return self.params[name].grad is not None
+
     def _grad(self, name: str) -> Tensor:
         """The gradient; a parameter without one contributes zero, as in a dense exchange."""
+        if name in self._given:
+            return self._given[name]
         param = self.params[name]
         if param.grad is None:
             param.grad = torch.zeros_like(param)

@@ -1,0 +1,231 @@
+"""`register`: gradient compression as a communication hook of DistributedDataParallel.
+
+DDP's buckets change between steps; here they only bring gradients. What is sent together, and the
+memory, follow `Reducer`'s own plan by parameter name, as with `DistributedOptimizer`.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from dgc.comm.torch_dist import TorchCommunicator
+from dgc.config import DGC, Compression
+from dgc.errors import ConfigError, GradientError
+from dgc.train.agree import check_agreement, named_parameters_of
+from dgc.train.guard import Guard
+from dgc.train.inner import InnerStep, RefuseScaler, check_supported
+from dgc.train.optimizer import DistributedOptimizer
+from dgc.train.reducer import Reducer
+from dgc.train.state import KEYS, check_header, header
+
+Future = torch.futures.Future[Tensor]
+
+
+class HookState:
+    """What `register` returns: the memory of one DDP model, by parameter name.
+
+    The optimizer stays the user's: hooks before and after its `step` keep it from applying momentum
+    a second time, and from stepping at all where a rank had a non-finite gradient.
+    """
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        optimizer: Optimizer,
+        config: Compression,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        self.comm = TorchCommunicator(model.process_group)
+        params = named_parameters_of(optimizer, _inner_module(model).named_parameters())
+        _check_all_trained(model, set(params.values()))
+        check_agreement(params, config.describe(), self.comm)
+        self.names = {param: name for name, param in params.items()}
+        self.inner = inner = InnerStep(optimizer, params, config, scaler)
+        self.reducer = Reducer(params, config, self.comm, inner.row, lambda: inner.loss_scale)
+        self.guard = Guard(params)
+        self._waiting: list[tuple[Future, Tensor]] = []
+        self._apply = True
+        self._fresh = False  # a mean lies in .grad that no step has used
+
+    def attach(self) -> None:
+        """From here on the optimizer's steps are prepared here."""
+        optimizer = self.inner.optimizer
+        if self.inner.scaler is None:
+            optimizer._step_supports_amp_scaling = RefuseScaler()  # type: ignore[attr-defined]
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+
+    def exchange(self, bucket: dist.GradBucket) -> Future:  # type: ignore[name-defined]
+        """Start the exchange of a bucket's gradients; with the last bucket, finish all."""
+        buffer, used = bucket.buffer(), self.guard.used
+        future: Future = torch.futures.Future(
+            devices=[buffer.device] if buffer.device.type == "cuda" else []
+        )
+        self._waiting.append((future, buffer))
+        for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            name = self.names[param]
+            self.reducer.ready(name, grad, used=name in used)
+        if bucket.is_last():
+            self._finish()
+        return future
+
+    def _finish(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        self.guard.check()
+        self._apply = self.reducer.finish()
+        self.inner.exchanged()
+        self.guard.delivered()
+        self._fresh = True
+        for future, buffer in waiting:
+            future.set_result(buffer)
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = kwargs.get("closure", args[0] if args else None)
+        if closure is None:
+            self._prepare()
+            return None
+
+        def closed() -> Any:  # the gradients are there once the user's closure has run
+            with torch.enable_grad():
+                loss = closure()
+            self._prepare()
+            return loss
+
+        return (closed,), {key: value for key, value in kwargs.items() if key != "closure"}
+
+    def _prepare(self) -> None:
+        params = self.inner.params.values()
+        if not self._fresh and any(p.grad is not None for p in params):
+            raise GradientError(
+                "step() without a synchronised backward pass since the last step: leave no_sync() "
+                "before the last backward pass of a step"
+            )
+        if self._fresh and not self._apply:
+            for param in params:
+                param.grad = None  # nothing to step with: all ranks skip
+        self._fresh = False
+        self.inner.before()
+
+    def _after_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.inner.after()
+
+    def stats(self) -> dict[str, float | int | str]:
+        """What the exchange has cost: see `dgc.train.stats.Stats`."""
+        return self.reducer.stats.as_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's memory: plain tensors, numbers and strings, by parameter name.
+
+        It goes beside `optimizer.state_dict()`. Every rank saves its own and loads its own.
+        """
+        return {**header(self.comm), **self.inner.state_dict(), **self.reducer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave on the same rank, here or in `DistributedOptimizer`.
+
+        Raises:
+            StateError: another format version, rank, world size, or model; the difference is named
+                and nothing is changed.
+        """
+        check_header(state_dict, self.comm, KEYS)
+        self.inner.check_state(state_dict)
+        self.reducer.load_state_dict(state_dict)
+        self.inner.load_state_dict(state_dict)
+
+
+def register(
+    ddp_model: nn.Module,
+    optimizer: Optimizer,
+    compression: Compression | None = None,
+    *,
+    scaler: torch.amp.GradScaler | None = None,
+) -> HookState:
+    """Exchange the gradients of a DDP model compressed.
+
+    Call it once, before the first backward pass. The training loop stays as it is: `optimizer`
+    steps with the mean gradient, momentum applied in the memory before the exchange.
+
+    Args:
+        ddp_model: `torch.nn.parallel.DistributedDataParallel`, or `torch.compile` of one.
+        optimizer: torch.optim.SGD over all its parameters; any optimizer with
+            `DGC(momentum_correction=False)` or `Dense`.
+        compression: `dgc.DGC(...)` or `dgc.Dense(...)`; `DGC()` by default.
+        scaler: the `torch.amp.GradScaler` of the training loop, if it has one: gradients are
+            unscaled before they enter the memory.
+
+    Returns:
+        The state, with `state_dict()`, `load_state_dict()` and `stats()`.
+
+    Raises:
+        ConfigError: not a DDP model, one whose hook slot is taken, an optimizer that would apply
+            momentum twice or lacks parameters, or ranks that differ.
+
+    Example:
+        >>> dgc_state = register(torch.nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1)], lr=0.1))
+        Traceback (most recent call last):
+        ...
+        dgc.errors.ConfigError: the model is a Linear: wrap it in DistributedDataParallel first
+
+    Source: Lin et al., Deep Gradient Compression, ICLR 2018, arXiv 1712.01887.
+    """
+    config = DGC() if compression is None else compression
+    model = getattr(ddp_model, "_orig_mod", ddp_model)
+    if not isinstance(model, DistributedDataParallel):
+        raise ConfigError(
+            f"the model is a {type(model).__name__}: wrap it in DistributedDataParallel first"
+        )
+    if isinstance(optimizer, DistributedOptimizer):
+        raise ConfigError(
+            "the optimizer is a DistributedOptimizer, which exchanges gradients and applies "
+            "momentum itself: give register the plain optimizer, or leave DDP out"
+        )
+    if getattr(model, "_use_python_reducer", False):
+        raise ConfigError(
+            'torch._dynamo.config.optimize_ddp is "python_reducer", which bypasses hooks: leave it '
+            "at its default"
+        )
+    check_supported(optimizer, config, scaler)
+    state = HookState(model, optimizer, config, scaler)
+    _claim_slot(model, state)
+    state.attach()
+    return state
+
+
+def _hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+    return state.exchange(bucket)
+
+
+def _claim_slot(model: DistributedDataParallel, state: HookState) -> None:
+    try:
+        model.register_comm_hook(state, _hook)
+    except RuntimeError as error:
+        model._comm_hooks.pop()  # DDP lists a hook before it finds the slot taken
+        taken = [getattr(hook, "__qualname__", repr(hook)) for hook, _ in model._comm_hooks]
+        raise ConfigError(
+            f"DDP has a communication hook already ({', '.join(taken) or 'a built-in one'}), and "
+            "takes only one: leave out that register_comm_hook, or the mixed_precision option"
+        ) from error
+
+
+def _inner_module(model: DistributedDataParallel) -> nn.Module:
+    """The user's module: names do not depend on whether it was compiled."""
+    module: nn.Module = getattr(model.module, "_orig_mod", model.module)
+    return module
+
+
+def _check_all_trained(model: DistributedDataParallel, trained: set[nn.Parameter]) -> None:
+    ignored = set(model.parameters_to_ignore)
+    for name, param in model.module.named_parameters():
+        if param.requires_grad and param not in trained and name not in ignored:
+            raise ConfigError(
+                f"DDP exchanges the gradient of {name}, which the optimizer does not train: give "
+                "it to the optimizer, or requires_grad_(False) before DistributedDataParallel"
+            )

@@ -1,0 +1,195 @@
+"""The user's own optimizer: what it tells the memory, and its step with momentum applied once."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from dgc.config import DGC, Compression
+from dgc.errors import ConfigError, StateError
+from dgc.train.bucket import Row
+from dgc.train.momentum import LocalMomentum
+from dgc.train.reducer import is_excluded
+
+_NO_MOMENTUM = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0}
+_KNOWN = (SGD, Adam, AdamW)
+
+
+class InnerStep:
+    """Prepares an optimizer for a step with the mean gradient, and restores it afterwards.
+
+    With momentum correction the momentum, Nesterov, dampening and weight decay are read from its
+    param groups at each step, so schedulers keep working, and kept from being applied again.
+
+    Args:
+        optimizer: the optimizer that applies the mean.
+        params: what it trains, by name.
+        config: who owns momentum, and whether the learning rate is folded in.
+        scaler: the `torch.amp.GradScaler` that scales the loss; None if none does.
+
+    Raises:
+        ConfigError: the optimizer would apply momentum a second time.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        params: Mapping[str, Parameter],
+        config: Compression,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self.optimizer, self.params, self.config, self.scaler = optimizer, params, config, scaler
+        self.owns_momentum = isinstance(config, DGC) and config.momentum_correction
+        self.regroup()
+        self.local = LocalMomentum()
+        self._sent_lr: dict[int, float] = {}
+        self._with_momentum: set[str] = set()  # had a step: dampening starts with the second
+        self._loss_scale: float | None = None
+        self._saved: list[dict[str, Any]] | None = None
+
+    def regroup(self) -> None:
+        """Find each parameter's group; `optimizer.load_state_dict` replaces the groups."""
+        self._group = {p: g for g in self.optimizer.param_groups for p in g["params"]}
+
+    @property
+    def loss_scale(self) -> float:
+        """By what the gradients of this step are too large."""
+        if self._loss_scale is None:  # read once a step: it waits for a GPU
+            self._loss_scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        return self._loss_scale
+
+    def exchanged(self) -> None:
+        """The exchange is over: the scaler may change its scale from here on."""
+        self._loss_scale = None
+
+    def row(self, name: str) -> Row:
+        """How the gradient of `name` enters the memory now, unscaled."""
+        config, group = self.config, self._group_of(name)
+        if not isinstance(config, DGC) or is_excluded(name, config):
+            return Row()
+        gain, lr, applied = 1 / self.loss_scale, 1.0, 1 / self.loss_scale
+        if config.fold_lr:
+            # At rate 0 nothing enters, and what is left over is still applied as it is.
+            lr = self._sent_lr[id(group)] = float(group["lr"])
+            applied *= lr if lr else 1.0
+        if not self.owns_momentum:
+            return Row(gain=gain, lr=lr, applied_lr=applied)
+        gain *= 1 - group["dampening"] if name in self._with_momentum else 1.0
+        return Row(group["momentum"], gain, lr, group["nesterov"], applied)
+
+    def _group_of(self, name: str) -> dict[str, Any]:
+        param = self.params[name]
+        if param not in self._group:
+            self.regroup()
+        group: dict[str, Any] = self._group[param]
+        return group
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """Add the local share to `.grad` and set the options of this step; `after` restores them."""
+        self.after()  # a step that raised did not get there
+        self.regroup()
+        self._saved = [dict(group) for group in self.optimizer.param_groups]
+        if self.owns_momentum:
+            for name, param in self.params.items():
+                if param.grad is not None:
+                    self._with_momentum.add(name)
+                    self._add_local(name, param)
+        for group in self.optimizer.param_groups:
+            group.update(_NO_MOMENTUM if self.owns_momentum else {})
+            if self._steps_with_one(group):
+                group["lr"] = 1.0
+
+    def after(self) -> None:
+        """Give the param groups their own options back."""
+        for group, old in zip(self.optimizer.param_groups, self._saved or (), strict=False):
+            changed = (*_NO_MOMENTUM, "lr") if self.owns_momentum else ("lr",)
+            group.update({key: old[key] for key in changed})
+        self._saved = None
+
+    def _add_local(self, name: str, param: Parameter) -> None:
+        group = self._group_of(name)
+        excluded, scale = is_excluded(name, self.config), 1 - self._steps_with_one(group)
+        self.local.add_(name, param, group, excluded=excluded, scale=scale)
+
+    def _steps_with_one(self, group: dict[str, Any]) -> bool:
+        """Whether what arrived is applied as it is, as the learning rate was 0 when it was sent."""
+        return self._sent_lr.get(id(group)) == 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the wrapped optimizer's own state lacks, by parameter name."""
+        return {
+            "local_momentum": {name: b.clone() for name, b in self.local.buffers.items()},
+            "with_momentum": sorted(self._with_momentum),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave; `check_state` first."""
+        self.regroup()
+        buffers = state["local_momentum"]
+        self.local.buffers = {n: b.clone().to(self.params[n]) for n, b in buffers.items()}
+        self._with_momentum = set(state["with_momentum"])
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise `StateError` if `state` is for another model."""
+        for name, buffer in state["local_momentum"].items():
+            if name not in self.params:
+                raise StateError(f"this state has momentum for {name}, which is not trained here")
+            found, wanted = tuple(buffer.shape), tuple(self.params[name].shape)
+            if found != wanted:
+                raise StateError(f"the momentum of {name} in this state is {found}, here {wanted}")
+
+
+def check_supported(
+    optimizer: Optimizer, config: Compression, scaler: torch.amp.GradScaler | None
+) -> None:
+    """Refuse an optimizer that would apply momentum twice; warn of one that nobody has tried.
+
+    Raises:
+        ConfigError: says what was found and what to pass instead.
+    """
+    name = type(optimizer).__name__
+    if not isinstance(config, DGC):
+        return
+    if not config.momentum_correction:
+        if not isinstance(optimizer, _KNOWN):
+            warnings.warn(
+                f"{name} with compressed gradients has not been measured: it gets plain error "
+                "feedback, momentum correction does not apply",
+                stacklevel=4,
+            )
+        return
+    if not isinstance(optimizer, SGD):
+        raise ConfigError(
+            f"momentum correction needs torch.optim.SGD, this is {name}: pass "
+            "compression=dgc.DGC(momentum_correction=False) to leave momentum to the optimizer"
+        )
+    if type(optimizer).step is not SGD.step:
+        raise ConfigError(
+            f"{name} overrides SGD.step and may apply momentum a second time: "
+            "use torch.optim.SGD, or dgc.DGC(momentum_correction=False)"
+        )
+    if any("momentum_buffer" in each for each in optimizer.state.values()):
+        raise ConfigError(
+            "the optimizer has momentum of earlier steps, which would be applied beside the "
+            "memory's: wrap it before its first step, or load the state through the wrapper"
+        )
+    if scaler is not None and any(group.get("fused") for group in optimizer.param_groups):
+        raise ConfigError(
+            "SGD(fused=True) unscales inside its step, after weight decay was added: with a "
+            "GradScaler use fused=False"
+        )
+
+
+class RefuseScaler:
+    """In the place of `_step_supports_amp_scaling`, which GradScaler.step looks at first."""
+
+    def __bool__(self) -> bool:
+        raise ConfigError(
+            "a GradScaler steps this optimizer, but the loss scale is unknown where gradients enter "
+            "the memory, which would mix gradients of different scales: pass scaler=scaler to "
+            "dgc.DistributedOptimizer or dgc.register"
+        )
