@@ -61,7 +61,8 @@ class TorchCommunicator:
     def reduce_scatter(self, tensor: Tensor) -> Handle:
         result = torch.empty_like(tensor[0])
         scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-        work = _checked(lambda: scatter(result, tensor, group=self.group, async_op=True))
+        flat = (result.view(-1), tensor.view(-1))
+        work = _checked(lambda: scatter(*flat, group=self.group, async_op=True))
         return _Pending(work, result)
 
     def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,58 @@
+"""Rank and sizes from each launcher's environment."""
+
+import pytest
+
+from dgc.comm.runtime import Place, find_place
+from dgc.errors import ConfigError
+
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x1),2(x2)",
+}
+MPICH = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
+TORCHRUN = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+MVAPICH = {
+    "MV2_COMM_WORLD_RANK": "1",
+    "MV2_COMM_WORLD_SIZE": "2",
+    "MV2_COMM_WORLD_LOCAL_RANK": "1",
+    "MV2_COMM_WORLD_LOCAL_SIZE": "2",
+}
+
+
+@pytest.mark.parametrize(
+    ("env", "place"),
+    [
+        ({}, Place(0, 1, 0, 1, "none")),
+        (OPEN_MPI, Place(3, 8, 1, 2, "Open MPI")),
+        (MPICH, Place(1, 4, 1, 4, "MPICH")),
+        (MVAPICH, Place(1, 2, 1, 2, "MVAPICH2")),
+        (TORCHRUN, Place(2, 4, 0, 2, "torchrun")),
+        (SLURM, Place(5, 8, 1, 2, "srun")),
+        ({**SLURM, **OPEN_MPI}, Place(3, 8, 1, 2, "Open MPI")),
+        ({**SLURM, **OPEN_MPI, **TORCHRUN}, Place(2, 4, 0, 2, "torchrun")),
+    ],
+)
+def test_find_place(env: dict[str, str], place: Place) -> None:
+    assert find_place(env) == place
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 does not fit WORLD_SIZE=2"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1 does not fit"),
+    ],
+)
+def test_bad_environments(env: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find_place(env)
