@@ -1,5 +1,6 @@
 """What every benchmark shares: fair timing, what it ran on, tables, results as JSON."""
 
+import ctypes
 import json
 import os
 import platform
@@ -77,6 +78,8 @@ def medians_ms(functions: Mapping[str, Callable[[], object]], rounds: int) -> di
 
 def peak_bytes(function: Callable[[], object]) -> int:
     """By how much the resident memory of this process rises while `function` runs (Linux)."""
+    # Freed memory that the process has kept would hide what `function` takes.
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_bytes("VmRSS")
     function()

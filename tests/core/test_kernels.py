@@ -2,8 +2,9 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from dgc.core.kernels import cpu, reference
 from dgc.core.layout import Layout
 from dgc.core.sparse import SparseBatch
 
-NUMELS = (1, 3, 1024, 1025, 70_001, 64, 300_000, 2)
+NUMELS = (1, 3, 1024, 1025, 20_001, 64, 90_000, 2)
 LAYOUT = Layout.of(NUMELS)
 COUNTS = tuple(max(1, n // 100) for n in NUMELS)
 ROWS = torch.tensor([[0.9, 0.37, 0.1, 0.0], [0.8, 1.0, 1.0, 1.0]]).repeat(4, 1)
@@ -25,18 +26,41 @@ def gaussian(seed: int, scale: float = 1.0) -> Tensor:
     return torch.randn(LAYOUT.offsets[-1], generator=generator) * scale
 
 
-def same_batch(a: SparseBatch, b: SparseBatch) -> None:
-    assert a.counts == b.counts
-    assert a.numels == b.numels
-    assert torch.equal(a.indices, b.indices)
-    assert torch.equal(a.values.view(torch.int32), b.values.view(torch.int32))
+def same_batch(found: SparseBatch, expected: SparseBatch) -> None:
+    assert found.counts == expected.counts
+    assert found.numels == expected.numels
+    assert torch.equal(found.indices.cpu(), expected.indices)
+    assert torch.equal(found.values.cpu().view(torch.int32), expected.values.view(torch.int32))
 
 
-@pytest.fixture(params=[1, 2, 5])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+class Implementation(NamedTuple):
+    """A kernel module and the device it works on; Triton's interpreter works on the CPU."""
+
+    module: ModuleType
+    device: str
+
+    def to(self, tensor: Tensor) -> Tensor:
+        return tensor.clone().to(self.device)
+
+    def layout(self, numels: Sequence[int]) -> Layout:
+        return Layout.of(numels, self.device)
+
+
+def triton_kernels() -> Implementation:
+    pytest.importorskip("triton")
+    from dgc.core.kernels import cuda
+
+    return Implementation(cuda, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["cpu, 1 thread", "cpu, 2 threads", "cpu, 5 threads", "triton"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[Implementation]:
+    if request.param == "triton":
+        yield triton_kernels()
+        return
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    torch.set_num_threads(int(request.param.split()[1]))
+    yield Implementation(cpu, "cpu")
     torch.set_num_threads(before)
 
 
@@ -62,21 +86,24 @@ def edge_tensors() -> dict[str, tuple[Tensor, tuple[int, ...]]]:
 
 
 @pytest.mark.parametrize("name", edge_tensors())
-def test_selection_equals_the_reference(name: str, threads: int) -> None:
+def test_selection_equals_the_reference(name: str, implementation: Implementation) -> None:
     v, counts = edge_tensors()[name]
     expected = reference.select_(v, LAYOUT, counts, None)
-    same_batch(cpu.select_(v, LAYOUT, counts, None), expected)
-    thresholds = torch.zeros(len(NUMELS))
-    for _ in range(3):  # unknown thresholds, then remembered ones
-        same_batch(cpu.select_(v, LAYOUT, counts, thresholds), expected)
+    state, layout = implementation.to(v), implementation.layout(NUMELS)
+    thresholds = implementation.to(torch.zeros(len(NUMELS)))
+    for guess in (None, thresholds, thresholds):  # none, unknown ones, remembered ones
+        same_batch(implementation.module.select_(state, layout, counts, guess), expected)
+    assert torch.equal(state.cpu(), v)
 
 
 @pytest.mark.parametrize("guess", [1e-45, 1e-20, 0.5, 3.0, 1e30])
-def test_a_wrong_threshold_changes_nothing(guess: float) -> None:
+def test_a_wrong_threshold_changes_nothing(guess: float, implementation: Implementation) -> None:
     v = gaussian(2)
-    thresholds = torch.full((len(NUMELS),), guess)
     expected = reference.select_(v, LAYOUT, COUNTS, None)
-    same_batch(cpu.select_(v, LAYOUT, COUNTS, thresholds), expected)
+    thresholds = implementation.to(torch.full((len(NUMELS),), guess))
+    layout = implementation.layout(NUMELS)
+    found = implementation.module.select_(implementation.to(v), layout, COUNTS, thresholds)
+    same_batch(found, expected)
 
 
 def test_reference_selects_by_magnitude_and_first_of_equals() -> None:
@@ -120,66 +147,87 @@ def test_reference_update_follows_the_formula() -> None:
     torch.testing.assert_close(v.double(), torch.tensor([e[1] for e in expected]).double())
 
 
-@pytest.mark.parametrize("momentum", [True, False])
-def test_update_equals_the_reference_to_the_bit(momentum: bool, threads: int) -> None:
-    states = []
-    for module in (reference, cpu):
-        u, v = gaussian(3) if momentum else None, gaussian(4)
-        for step in range(2):
-            assert module.accumulate_(gradients(step), u, v, LAYOUT, ROWS)
-        states.append((u, v))
-    (u, v), (u_cpu, v_cpu) = states
-    assert torch.equal(v, v_cpu)
-    assert not momentum or torch.equal(u, u_cpu)
+class Step(NamedTuple):
+    """What a few steps leave behind."""
+
+    u: Tensor | None
+    v: Tensor
+    batches: list[SparseBatch]
+
+
+def steps(implementation: Implementation, momentum: bool, scales: Sequence[float]) -> Step:
+    module, layout = implementation.module, implementation.layout(NUMELS)
+    u = implementation.to(gaussian(3)) if momentum else None
+    v, thresholds = implementation.to(gaussian(4)), implementation.to(torch.zeros(len(NUMELS)))
+    batches = []
+    for step, scale in enumerate(scales):
+        grads = [implementation.to(grad * scale) for grad in gradients(step)]
+        finite, batch = module.accumulate_select_(grads, u, v, layout, ROWS, COUNTS, thresholds)
+        assert finite
+        module.release_(u, v, layout, batch, batch.values * 0.75)
+        batches.append(batch)
+    return Step(u if u is None else u.cpu(), v.cpu(), batches)
 
 
 @pytest.mark.parametrize("momentum", [True, False])
-def test_fused_step_equals_the_reference_to_the_bit(momentum: bool, threads: int) -> None:
+def test_steps_equal_the_reference_to_the_bit(
+    momentum: bool, implementation: Implementation
+) -> None:
+    # From one step to the next the gradients grow or shrink a thousandfold, or vanish.
+    scales = (1.0, 1.0, 1e3, 1.0, 1e-3, 0.0)
+    expected = steps(Implementation(reference, "cpu"), momentum, scales)
+    found = steps(implementation, momentum, scales)
+    for batch, batch_expected in zip(found.batches, expected.batches, strict=True):
+        same_batch(batch, batch_expected)
+    assert torch.equal(found.v, expected.v)
+    assert (found.u is None) == (expected.u is None)
+    assert found.u is None or torch.equal(found.u, expected.u)
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+def test_update_alone_equals_the_reference_to_the_bit(
+    momentum: bool, implementation: Implementation
+) -> None:
     states = []
-    for module in (reference, cpu):
-        u, v = gaussian(3) if momentum else None, gaussian(4)
-        thresholds = torch.zeros(len(NUMELS))
-        batches = []
-        for step in range(6):
-            # From one step to the next the gradients grow or shrink a thousandfold, or vanish.
-            scale = (1.0, 1.0, 1e3, 1.0, 1e-3, 0.0)[step]
-            grads = [grad * scale for grad in gradients(step)]
-            finite, batch = module.accumulate_select_(grads, u, v, LAYOUT, ROWS, COUNTS, thresholds)
-            assert finite
-            module.release_(u, v, LAYOUT, batch, batch.values * 0.75)
-            batches.append(batch)
-        states.append((u, v, batches))
-    (u, v, batches), (u_cpu, v_cpu, batches_cpu) = states
-    for batch, batch_cpu in zip(batches, batches_cpu, strict=True):
-        same_batch(batch_cpu, batch)
-    assert torch.equal(v, v_cpu)
-    assert not momentum or torch.equal(u, u_cpu)
+    for module, device in (Implementation(reference, "cpu"), implementation):
+        u = gaussian(3).to(device) if momentum else None
+        v = gaussian(4).to(device)
+        grads = [grad.to(device) for grad in gradients(0)]
+        assert module.accumulate_(grads, u, v, Layout.of(NUMELS, device), ROWS)
+        states.append((u if u is None else u.cpu(), v.cpu()))
+    (u, v), (u_found, v_found) = states
+    assert torch.equal(v, v_found)
+    assert not momentum or torch.equal(u, u_found)
 
 
 @pytest.mark.parametrize("scale", [1e3, 1e-3])
-def test_a_sudden_change_of_scale_changes_nothing(scale: float) -> None:
-    thresholds = torch.zeros(len(NUMELS))
-    cpu.select_(gaussian(1), LAYOUT, COUNTS, thresholds)
+def test_a_sudden_change_of_scale_changes_nothing(
+    scale: float, implementation: Implementation
+) -> None:
+    module, layout = implementation.module, implementation.layout(NUMELS)
+    thresholds = implementation.to(torch.zeros(len(NUMELS)))
+    module.select_(implementation.to(gaussian(1)), layout, COUNTS, thresholds)
     v = gaussian(2, scale)
     expected = reference.select_(v, LAYOUT, COUNTS, None)
-    same_batch(cpu.select_(v, LAYOUT, COUNTS, thresholds), expected)
+    same_batch(module.select_(implementation.to(v), layout, COUNTS, thresholds), expected)
 
 
-@pytest.mark.parametrize("module", [reference, cpu])
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("tensor", [0, 4, 7])
 def test_nothing_enters_if_an_element_is_not_finite(
-    module: ModuleType, bad: float, tensor: int, threads: int
+    bad: float, tensor: int, implementation: Implementation
 ) -> None:
-    u, v, thresholds = gaussian(3), gaussian(4), torch.full((len(NUMELS),), 0.5)
-    grads = gradients(5)
+    module, layout = implementation.module, implementation.layout(NUMELS)
+    u, v = implementation.to(gaussian(3)), implementation.to(gaussian(4))
+    thresholds = implementation.to(torch.full((len(NUMELS),), 0.5))
+    grads = [implementation.to(grad) for grad in gradients(5)]
     grads[tensor][-1] = bad
-    finite, batch = module.accumulate_select_(grads, u, v, LAYOUT, ROWS, COUNTS, thresholds)
+    finite, batch = module.accumulate_select_(grads, u, v, layout, ROWS, COUNTS, thresholds)
     assert not finite
     assert batch.counts == (0,) * len(NUMELS)
     assert batch.indices.numel() == batch.values.numel() == 0
-    assert torch.equal(u, gaussian(3))
-    assert torch.equal(v, gaussian(4))
+    assert torch.equal(u.cpu(), gaussian(3))
+    assert torch.equal(v.cpu(), gaussian(4))
     assert thresholds.tolist() == [0.5] * len(NUMELS)
 
 
@@ -204,24 +252,34 @@ def test_gradients_of_any_layout_and_dtype() -> None:
     assert torch.equal(v, base.flatten().repeat(3))
 
 
-def test_squared_norm_is_the_same_for_any_number_of_threads(threads: int) -> None:
+def test_squared_norm(implementation: Implementation) -> None:
     grads = gradients(6)
-    norm = kernels.squared_norm(grads)
-    assert norm == pytest.approx(reference.squared_norm(grads), rel=1e-12)
-    torch.set_num_threads(3)
-    assert kernels.squared_norm(grads) == norm
-    grads[3][2] = float("nan")
-    assert math.isnan(kernels.squared_norm(grads))
+    expected = math.fsum(x * x for grad in grads for x in grad.tolist())
+    on_device = [implementation.to(grad) for grad in grads]
+    norm = implementation.module.squared_norm(on_device)
+    assert norm == pytest.approx(expected, rel=1e-12)
+    on_device[3][2] = float("nan")
+    assert math.isnan(implementation.module.squared_norm(on_device))
 
 
-def test_an_empty_bucket_and_empty_tensors() -> None:
-    layout = Layout.of([0, 2, 0])
-    v = torch.tensor([1.0, -2.0])
-    thresholds = torch.zeros(3)
+def test_squared_norm_does_not_depend_on_threads() -> None:
+    before, norms = torch.get_num_threads(), set()
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        norms.add(kernels.squared_norm(gradients(6)))
+    torch.set_num_threads(before)
+    assert len(norms) == 1
+
+
+def test_an_empty_bucket_and_empty_tensors(implementation: Implementation) -> None:
+    module, layout = implementation.module, implementation.layout([0, 2, 0])
+    v = implementation.to(torch.tensor([1.0, -2.0]))
+    thresholds = implementation.to(torch.zeros(3))
     for _ in range(2):
-        batch = kernels.select_(v, layout, [0, 1, 0], thresholds)
+        batch = module.select_(v, layout, (0, 1, 0), thresholds)
         assert (batch.counts, batch.indices.tolist()) == ((0, 1, 0), [1])
-    assert kernels.select_(torch.empty(0), Layout.of([]), [], None).counts == ()
+    nothing = implementation.to(torch.empty(0))
+    assert module.select_(nothing, implementation.layout([]), (), None).counts == ()
 
 
 def test_threads_work_in_a_forked_process() -> None:

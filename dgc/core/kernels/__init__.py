@@ -1,6 +1,7 @@
 """The passes over a bucket's memory; the one place that picks an implementation by device.
 
-`reference` is plain torch and defines the results, `cpu` is numba; both give the same bits.
+`reference` is plain torch and defines the results, `cpu` is numba, `cuda` is Triton: all give the
+same bits.
 Shapes: T tensors, n elements in all, K selected.
 """
 
@@ -20,6 +21,10 @@ def _for(device: torch.device) -> ModuleType:
         from dgc.core.kernels import cpu
 
         return cpu
+    if device.type == "cuda":
+        from dgc.core.kernels import cuda
+
+        return cuda
     from dgc.core.kernels import reference
 
     return reference

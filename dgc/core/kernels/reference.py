@@ -63,7 +63,7 @@ def select_(
     """The counts[t] largest magnitudes of each tensor, never a zero; `thresholds` is ignored."""
 
     def one(v_t: Tensor, k: int) -> Sparse:
-        k = min(k, int(v_t.count_nonzero()))
+        k = min(k, int(v_t.count_nonzero())) if k else 0
         indices = largest(v_t, k) if k else torch.empty(0, dtype=torch.int64, device=v.device)
         return Sparse(indices, v_t[indices], v_t.numel())
 
@@ -90,7 +90,8 @@ def release_(u: Tensor | None, v: Tensor, layout: Layout, batch: SparseBatch, se
     Example: v = [4, 9], S = {1}, sent = [8]: v = [4, 1].
     """
     counts = torch.tensor(batch.counts, device=v.device)
-    flat = batch.indices + layout.table[:-1].repeat_interleave(counts)
+    size = batch.indices.numel()
+    flat = batch.indices + layout.table[:-1].repeat_interleave(counts, output_size=size)
     v[flat] -= sent
     if u is not None:
         u[flat] = 0.0
