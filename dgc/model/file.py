@@ -32,9 +32,9 @@ def save(
 ) -> report.Report:
     """Write `model` as one compressed file and say what every byte of it is for.
 
-    Weight tensors of at most 255 distinct non-zero values (see `share`) are coded as symbols, zero
-    being one more; others of which a tenth or more is zero as places and values; the rest, biases,
-    norms and buffers, are stored as they are. Nothing is rounded unless `half`.
+    Floating tensors of few distinct values, at most 255 besides zero (see `share`), are coded as
+    symbols, zero being one more; others of which a tenth or more is zero as places and values; the
+    rest, such as biases, norms and buffers, are stored as they are. Nothing is rounded unless `half`.
 
     Args:
         model: its `state_dict` is saved; it is not changed, but for pruned or shared weights that
@@ -129,18 +129,19 @@ def _untie(state: State) -> tuple[State, dict[str, str]]:
 
 def to_layer(tensor: Tensor, half: bool) -> Layer | None:
     """The codes of a weight tensor, or `None` where storing it as it is takes less."""
-    if tensor.dtype not in DTYPES or tensor.numel() < MIN_CODED_NUMEL or tensor.dim() < 2:
+    if tensor.dtype not in DTYPES or tensor.numel() < MIN_CODED_NUMEL:
         return None
     flat = tensor.detach().reshape(-1)
     if flat[:4096].unique().numel() <= 256:
         levels: Tensor = flat.unique()
         levels = levels[levels != 0]
-        if levels.numel() <= 255 and bool(levels.isfinite().all()):
+        few = levels.numel() <= min(255, flat.numel() // 4)
+        if few and bool(levels.isfinite().all()):
             return _shared_layer(tensor, levels, half)
     density = float(flat.count_nonzero()) / flat.numel()
     if density > MAX_CODED_DENSITY:
         return None
-    return Layer((tensor != 0).to(torch.uint8), flat[flat != 0])
+    return Layer((tensor != 0).to(torch.uint8), flat[flat != 0], literal=True)
 
 
 def _shared_layer(tensor: Tensor, levels: Tensor, half: bool) -> Layer:
@@ -204,8 +205,10 @@ class Opened:
                 state[own] = layers[own].weight()
             else:
                 stored = container.DTYPES[entry.dtype]
-                data = torch.frombuffer(bytearray(entry.data), dtype=torch.uint8)[:]
-                state[name] = data.view(stored).view(entry.shape).to(self._dtype(entry))
+                flat = torch.empty(0, dtype=stored)
+                if entry.data:
+                    flat = torch.frombuffer(bytearray(entry.data), dtype=stored)
+                state[name] = flat.view(entry.shape).to(self._dtype(entry))
         return state | {name: state[other] for name, other in self.tied.items()}, layers
 
 

@@ -108,13 +108,16 @@ def _price(counts: list[int], bits: list[float]) -> float:
 
 def _pack_table(kind: int, table: bytes) -> bytes:
     """Alphabet − 1, then a byte a symbol (ANS) or a nibble a symbol (Huffman, low nibble first)."""
-    table = table.rstrip(b"\0") or b"\0"
     if kind == HUFFMAN:
         even = table + b"\0" * (len(table) % 2)
         body = bytes(a | b << 4 for a, b in zip(even[::2], even[1::2], strict=True))
     else:
         body = table
     return bytes([len(table) - 1]) + body
+
+
+def _trim(table: bytes) -> bytes:
+    return table.rstrip(b"\0") or b"\0"
 
 
 def _unpack_table(kind: int, reader: Reader) -> bytes:
@@ -146,7 +149,7 @@ def choose_tables(kind: int, streams: list[Stream]) -> None:
         return
     size = max(map(len, small))
     pooled = [sum(c[i] for c in small if i < len(c)) for i in range(size)]
-    if _assign(kind, streams, _CODERS[kind].table(pooled)) >= plain:
+    if _assign(kind, streams, _trim(_CODERS[kind].table(pooled))) >= plain:
         _assign(kind, streams, None)
 
 
@@ -154,7 +157,7 @@ def _assign(kind: int, streams: list[Stream], pool: bytes | None) -> float:
     """Choose each stream's table in turn; the total bits of tables and codes."""
     coder, owned, total = _CODERS[kind], dict[int, bytes](), 0.0
     for index, stream in enumerate(streams, 1):
-        own = coder.table(stream.counts)
+        own = _trim(coder.table(stream.counts))
         if pool is not None and stream.symbols.numel() < SMALL_LAYER and pool not in owned.values():
             own = pool
         stream.table, stream.reference = own, 0

@@ -121,7 +121,7 @@ def sensitivity(
         >>> import torch
         >>> layer = nn.Linear(2, 1, bias=False)
         >>> _ = layer.weight.data.copy_(torch.tensor([[3.0, 1.0]]))
-        >>> found = sensitivity(layer, lambda m: float(m(torch.ones(2))), density=0.5)
+        >>> found = sensitivity(layer, lambda m: m(torch.ones(2)).item(), density=0.5)
         >>> found.baseline, found.scores
         (4.0, {'weight': {0.5: 3.0}})
         >>> layer.weight.tolist()

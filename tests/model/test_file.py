@@ -1,0 +1,437 @@
+"""The file: round trips, golden bytes, damage, hostile files with a right hash, atomic writing."""
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dgc.errors import ConfigError, FileError, StateError
+from dgc.model import (
+    container,
+    export,
+    file,
+    inspect,
+    load,
+    prune,
+    read_state,
+    save,
+    save_state,
+    share,
+)
+from dgc.model.layer import Decoder, Layer, encode_layers
+
+CODERS = ["ans", "huffman"]
+
+
+class Net(nn.Module):
+    """Convolution, norm with buffers, tied weights, half precision: what a file must carry."""
+
+    def __init__(self, hidden: int = 40) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+        self.fc1 = nn.Linear(8 * 16, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+        self.tied = nn.Linear(hidden, hidden, bias=False)
+        self.tied.weight = self.fc2.weight
+        self.out = nn.Linear(hidden, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x)).relu().flatten(1)
+        return self.out(self.tied(self.fc2(self.fc1(x).relu()).relu()))
+
+
+def net(seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net()
+
+
+def same_logits(a: nn.Module, b: nn.Module) -> bool:
+    x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return torch.equal(a.eval()(x), b.eval()(x))
+
+
+STAGES: dict[str, Callable[[Net], Net]] = {
+    "dense": lambda m: m,
+    "pruned": lambda m: prune(m, 0.2),
+    "shared": lambda m: share(m, 4),
+    "pruned and shared": lambda m: share(prune(m, 0.2), 3),
+    "penalised": lambda m: share(prune(m, 0.2), 5, penalty=0.02),
+    "one value": lambda m: share(prune(m, 0.02), 1, penalty=0.5),
+    "8 bits": lambda m: share(m, 8),
+    "some layers": lambda m: share(prune(m, {"fc1": 0.05}), {"fc1": 3, "conv": 2}),
+}
+
+
+@pytest.mark.parametrize("coder", CODERS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_fresh_model_gives_the_same_logits(tmp_path: Path, stage: str, coder: str) -> None:
+    model = STAGES[stage](net())
+    report = save(model, tmp_path / "m.dgc", coder=coder)
+    twin = load(net(9), tmp_path / "m.dgc")
+    assert same_logits(model, twin)
+    assert report.file_bytes == (tmp_path / "m.dgc").stat().st_size
+    assert sum(row.file_bytes for row in report.rows) + report.header_bytes == report.file_bytes
+    again, _ = inspect(tmp_path / "m.dgc")
+    assert {r.name: r for r in again.rows} == {r.name: r for r in report.rows}
+    assert str(report.file_bytes) in str(report).splitlines()[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("coder", CODERS)
+def test_other_dtypes(tmp_path: Path, dtype: torch.dtype, coder: str) -> None:
+    model = share(prune(net().to(dtype), 0.3), {"fc1": 4})
+    save(model, tmp_path / "m.dgc", coder=coder)
+    twin = load(net(9).to(dtype), tmp_path / "m.dgc")
+    for name, value in file.plain_state(model).items():
+        assert torch.equal(value, twin.state_dict()[name]), name
+
+
+@given(
+    st.integers(1, 4),
+    st.lists(st.integers(1, 12), min_size=2, max_size=4),
+    st.floats(0, 1),
+    st.sampled_from(CODERS),
+    st.booleans(),
+    st.integers(0, 10**6),
+)
+@settings(max_examples=80, deadline=None)
+def test_any_layer_round_trips(
+    bits: int, shape: list[int], density: float, coder: str, literal: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(shape, generator=generator) < density
+    if literal:
+        codes = kept.to(torch.uint8)
+        layer = Layer(codes, torch.randn(int(kept.sum()), generator=generator), literal=True)
+    else:
+        codes = torch.randint(1, 2**bits + 1, shape, generator=generator, dtype=torch.uint8) * kept
+        layer = Layer(codes, torch.randn(2**bits, generator=generator))
+    records = encode_layers([layer] * 3, coder)
+    decoder = Decoder()
+    for record in records:
+        found = decoder.layer(record)
+        assert torch.equal(found.codes, layer.codes)
+        assert torch.equal(found.levels, layer.levels)
+        assert torch.equal(found.weight(), layer.weight())
+
+
+def test_small_layers_share_a_table() -> None:
+    codes = (torch.arange(400) % 7 == 0).to(torch.uint8).view(20, 20)
+    layers = [Layer(codes, torch.ones(1)), Layer(codes.t().contiguous(), torch.ones(1))]
+    first, second = encode_layers(layers, "ans")
+    assert len(second) < len(first)
+
+
+def test_any_safetensors_reader_lists_the_file(tmp_path: Path) -> None:
+    save(share(prune(net(), 0.2), 3), tmp_path / "m.dgc")
+    with safe_open(tmp_path / "m.dgc", "pt") as opened:
+        names = set(opened.keys())
+        assert {"fc1.weight.dgc", "fc1.bias", "norm.num_batches_tracked"} <= names
+        assert torch.equal(opened.get_tensor("fc1.bias"), net().fc1.bias)
+        assert opened.metadata()["dgc"] == "1"
+
+
+def test_half_rounds_to_sixteen_bits_and_no_more(tmp_path: Path) -> None:
+    model = share(prune(net(), 0.2), 3)
+    full = save(model, tmp_path / "full.dgc").file_bytes
+    assert save(model, tmp_path / "half.dgc", half=True).file_bytes < full
+    state = load(net(9), tmp_path / "half.dgc").state_dict()
+    for name, value in file.plain_state(model).items():
+        expected = value.half().float() if value.is_floating_point() else value
+        assert state[name].dtype == value.dtype
+        assert torch.equal(state[name], expected), name
+
+
+def test_load_can_go_on_constraining(tmp_path: Path) -> None:
+    model = share(prune(net(), {"fc1": 0.2}), {"fc1": 3})
+    prune(model, {"out": 0.5})
+    save(model, tmp_path / "m.dgc")
+    twin = load(net(9), tmp_path / "m.dgc", constrain=True)
+    before = twin.fc1.weight.detach().clone()
+    optimizer = torch.optim.Adam(twin.parameters(), lr=0.01, weight_decay=0.1)
+    twin(torch.randn(4, 3, 6, 6)).square().sum().backward()
+    optimizer.step()
+    for layer in ("fc1", "out"):
+        zero = model.get_parameter(f"{layer}.weight") == 0
+        assert bool((twin.get_parameter(f"{layer}.weight")[zero] == 0).all())
+    assert twin.fc1.weight.unique().numel() <= 8
+    assert not torch.equal(twin.fc1.weight, before)
+
+
+def test_load_lifts_the_constraints_of_the_model_it_fills(tmp_path: Path) -> None:
+    model = prune(net(0), 0.5)
+    save(model, tmp_path / "m.dgc")
+    twin = load(share(prune(net(1), 0.1), 2), tmp_path / "m.dgc")
+    assert same_logits(model, twin)
+
+
+def test_another_model_is_refused_and_left_alone(tmp_path: Path) -> None:
+    save(share(net(), 3), tmp_path / "m.dgc")
+    other = Net(hidden=41)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(StateError, match=r"'fc1.weight' is \(40, 128\).*\(41, 128\)"):
+        load(other, tmp_path / "m.dgc")
+    with pytest.raises(StateError, match="in the file only"):
+        load(nn.Linear(3, 3), tmp_path / "m.dgc")
+    assert all(torch.equal(before[n], t) for n, t in other.state_dict().items())
+
+
+def test_export_is_plain_safetensors(tmp_path: Path) -> None:
+    model = share(prune(net(), 0.2), 3)
+    save(model, tmp_path / "m.dgc")
+    export(tmp_path / "m.dgc", tmp_path / "plain.safetensors")
+    plain = load_file(tmp_path / "plain.safetensors")
+    twin = net(9)
+    twin.load_state_dict(plain)
+    assert same_logits(model, twin)
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="complex64"):
+        save_state({"a": torch.ones(2, dtype=torch.complex64)}, tmp_path / "m.dgc")
+    with pytest.raises(ConfigError, match=r"\.dgc"):
+        save_state({"a.dgc": torch.ones(2)}, tmp_path / "m.dgc")
+    with pytest.raises(ConfigError, match="'ans'"):
+        save_state({"a": torch.ones(2)}, tmp_path / "m.dgc", coder="zip")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.full((9, 9), float("nan")),
+        torch.tensor([0.0, float("inf"), float("nan"), -0.5] * 30).view(10, 12),
+        torch.zeros(20, 20),
+        torch.zeros(0, 3),
+        torch.tensor(3),
+        torch.zeros(100, 2, dtype=torch.bool),
+    ],
+)
+@pytest.mark.parametrize("coder", CODERS)
+def test_odd_tensors(tmp_path: Path, tensor: Tensor, coder: str) -> None:
+    save_state({"odd": tensor}, tmp_path / "m.dgc", coder=coder)
+    found = read_state(tmp_path / "m.dgc")["odd"]
+    assert torch.equal(found.nan_to_num(7.0), tensor.nan_to_num(7.0))
+    assert found.shape == tensor.shape
+    assert found.dtype == tensor.dtype
+
+
+def test_a_crash_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.dgc"
+    save(net(0), path)
+    old = path.read_bytes()
+
+    def crash(*_: object) -> None:
+        raise OSError("no space left")
+
+    for call in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, crash)
+            with pytest.raises(OSError, match="no space"):
+                save(net(1), path)
+        assert path.read_bytes() == old
+        assert [p.name for p in tmp_path.iterdir()] == ["m.dgc"]
+
+
+# --- golden bytes ------------------------------------------------------------------------------
+
+
+def golden_state() -> dict[str, Tensor]:
+    weight = torch.zeros(8, 12)
+    weight.view(-1)[::5] = 0.5
+    weight.view(-1)[3::17] = -2.0
+    return {"fc.weight": weight, "fc.bias": torch.tensor([1.0, -1.0])}
+
+
+GOLDEN_RECORD = {
+    "ans": "010002080c19020000003f000000c0000221120610fa15d69ee6ba87b3d482d36a6a424a01",
+    "huffman": "020002080c19020000003f000000c003190004333301069a8171e09cd40001110444442200",
+}
+
+
+@pytest.mark.parametrize("coder", CODERS)
+def test_golden_bytes(tmp_path: Path, coder: str) -> None:
+    save_state(golden_state(), tmp_path / "m.dgc", coder=coder)
+    raw = (tmp_path / "m.dgc").read_bytes()
+    record = bytes.fromhex(GOLDEN_RECORD[coder])
+    assert raw.endswith(torch.tensor([1.0, -1.0]).numpy().tobytes() + record)
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    assert raw[8:].startswith(b'{"__metadata__":{"dgc":"1","hash":"')
+    assert header.pop("__metadata__").keys() == {"dgc", "hash"}
+    assert header == {
+        "fc.bias": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+        "fc.weight.dgc": {
+            "dtype": "U8",
+            "shape": [len(record)],
+            "data_offsets": [8, 8 + len(record)],
+        },
+    }
+    assert torch.equal(read_state(tmp_path / "m.dgc")["fc.weight"], golden_state()["fc.weight"])
+
+
+# --- damage ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("good")
+    found = {}
+    for coder in CODERS:
+        save(share(prune(net(), 0.2), 3), folder / coder, coder=coder)
+        found[coder] = (folder / coder).read_bytes()
+    save(prune(net(), 0.2), folder / "literal")
+    return found | {"literal": (folder / "literal").read_bytes()}
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_change_is_noticed(good: dict[str, bytes], data: st.DataObject) -> None:
+    raw = good[data.draw(st.sampled_from(sorted(good)))]
+    at = data.draw(st.integers(0, len(raw) - 1))
+    change = data.draw(st.integers(1, 255))
+    with pytest.raises(FileError):
+        decode(raw[:at] + bytes([raw[at] ^ change]) + raw[at + 1 :])
+    with pytest.raises(FileError):
+        decode(raw[:at])
+    with pytest.raises(FileError):
+        decode(raw + bytes([change]))
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_refused(raw: bytes) -> None:
+    with pytest.raises(FileError):
+        decode(raw)
+
+
+def decode(raw: bytes) -> dict[str, Tensor]:
+    opened = file.parse(raw)
+    file.check_size(opened)
+    return opened.decode()[0]
+
+
+def sealed(raw: bytes) -> bytes:
+    """The same file with the hash that belongs to it: damage that no checksum shows."""
+    start = container._HASH_AT
+    return raw[:start] + container._digest(raw) + raw[start + container._HASH_CHARS :]
+
+
+@given(data=st.data())
+@settings(max_examples=400, deadline=None)
+def test_a_sealed_change_gives_a_file_error_or_tensors_of_the_declared_size(
+    good: dict[str, bytes], data: st.DataObject
+) -> None:
+    raw = good[data.draw(st.sampled_from(sorted(good)))]
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(8 + int.from_bytes(raw[:8], "little"), len(raw) - 1))
+        raw = raw[:at] + bytes([data.draw(st.integers(0, 255))]) + raw[at + 1 :]
+    try:
+        state = decode(sealed(raw))
+    except FileError:
+        return
+    shapes = file.parse(sealed(raw)).shapes()
+    assert {n: (tuple(t.shape), t.dtype) for n, t in state.items()} == shapes
+
+
+def rebuilt(raw: bytes, change: Callable[[dict[str, object]], object], extra: bytes = b"") -> bytes:
+    """The file with its header changed as JSON, and sealed."""
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    replaced = change(header)
+    text = json.dumps(header if replaced is None else replaced, separators=(",", ":")).encode()
+    return sealed(len(text).to_bytes(8, "little") + text + raw[8 + size :] + extra)
+
+
+HOSTILE_HEADERS: dict[str, Callable[[dict[str, object]], object]] = {
+    "unknown dtype": lambda h: h["fc1.bias"].update(dtype="F8"),
+    "dtype that is a list": lambda h: h["fc1.bias"].update(dtype=["F32"]),
+    "shape of another size": lambda h: h["fc1.bias"].update(shape=[1 << 40]),
+    "negative shape": lambda h: h["fc1.bias"].update(shape=[-40]),
+    "shape that is no list": lambda h: h["fc1.bias"].update(shape=40),
+    "shape of floats": lambda h: h["fc1.bias"].update(shape=[40.0]),
+    "shape of booleans": lambda h: h["fc1.bias"].update(shape=[True]),
+    "offsets swapped": lambda h: h["fc1.bias"]["data_offsets"].reverse(),
+    "offsets overlap": lambda h: h["fc1.bias"].update(data_offsets=[0, 160]),
+    "offset missing": lambda h: h["fc1.bias"].update(data_offsets=[0]),
+    "an extra field": lambda h: h["fc1.bias"].update(run="me"),
+    "an entry that is no object": lambda h: h.update({"fc1.bias": 3}),
+    "entry missing": lambda h: h.pop("fc1.bias") and None,
+    "metadata that are no strings": lambda h: h["__metadata__"].update(tied={"a": "b"}),
+    "tied to nothing": lambda h: h["__metadata__"].update(tied='{"a":"b"}'),
+    "tied over a tensor": lambda h: h["__metadata__"].update(tied='{"fc1.bias":"fc2.bias"}'),
+    "tied is no object": lambda h: h["__metadata__"].update(tied="[1]"),
+    "tied is not JSON": lambda h: h["__metadata__"].update(tied="[" * 100_000),
+    "unknown widening": lambda h: h["__metadata__"].update(widen="F64"),
+    "a record twice": lambda h: h.update({"fc1.weight": {**h["fc1.bias"], "shape": [0]}}),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_HEADERS)
+def test_hostile_headers_with_a_right_hash(good: dict[str, bytes], case: str) -> None:
+    with pytest.raises(FileError):
+        decode(rebuilt(good["ans"], HOSTILE_HEADERS[case]))
+
+
+def test_hostile_header_texts_with_a_right_hash(good: dict[str, bytes]) -> None:
+    start = container._START + b"0" * 32
+    for text in (
+        start,
+        start + b'"}}garbage',
+        start + b'"},"a":' + b"[" * 100_000,
+        start + b'"},"a":{},"a":{}}',
+        start + b'"},"\xff":{}}',
+        start + b'"},"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,0]}}',
+    ):
+        with pytest.raises(FileError):
+            decode(sealed(len(text).to_bytes(8, "little") + text))
+    for size in (0, 1 << 20, (1 << 64) - 1):
+        with pytest.raises(FileError):
+            decode(sealed(size.to_bytes(8, "little") + good["ans"][8:]))
+
+
+def file_of(record: bytes) -> bytes:
+    return container.pack({"w.dgc": container.Entry("U8", (len(record),), record)}, {})
+
+
+@given(st.binary(max_size=80))
+@settings(max_examples=300, deadline=None)
+def test_any_record_with_a_right_hash(tail: bytes) -> None:
+    for start in (b"", b"\x01\x00\x02\x08\x08", b"\x02\x00\x02\x08\x08", b"\x01\x01\x02\x08\x08"):
+        try:
+            state = decode(file_of(start + tail))
+        except FileError:
+            continue
+        assert tuple(state["w"].shape) == file.parse(file_of(start + tail)).shapes()["w"][0]
+
+
+def test_a_small_file_cannot_claim_much_memory() -> None:
+    huge = b"\x01\x00\x02" + b"\xff\xff\xff\x7f" * 2  # 2^28 - 1 squared elements
+    with pytest.raises(FileError, match="a record of shape"):
+        decode(file_of(huge + b"\x00" * 20))
+    zeros = b"\x01\x00\x02" + b"\x80\x80\x40" * 2 + b"\x00\x00\x00\x00\x01\x00"
+    with pytest.raises(FileError, match=r"decodes to 4398046511104 bytes.*max_bytes"):
+        decode(file_of(zeros))
+
+
+def test_records_that_refer_to_no_table_are_refused() -> None:
+    layer = Layer((torch.arange(100) % 3).to(torch.uint8).view(10, 10), torch.tensor([1.0, 2.0]))
+    first, second = encode_layers([layer, layer], "ans")
+    assert first != second
+    assert torch.equal(Decoder().layer(first).codes, layer.codes)
+    with pytest.raises(FileError, match="not there"):
+        Decoder().layer(second)
+    decoder = Decoder()
+    decoder.layer(encode_layers([layer], "huffman")[0])
+    with pytest.raises(FileError, match="another coder"):
+        decoder.layer(second)
