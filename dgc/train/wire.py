@@ -198,7 +198,7 @@ def decode_batch(message: Tensor, numels: Sequence[int] | None = None) -> Messag
         WireError: the bytes are not a valid message, or not one for tensors of `numels`.
     """
     wanted = None if numels is None else tuple(numels)
-    header, positions, values, counts = _decode(_host(message, torch.uint8), wanted)
+    header, positions, values, counts = _decode(_bytes(message), wanted)
     indices = positions - np.repeat(_starts(header.numels), counts)
     batch = SparseBatch(
         torch.from_numpy(indices).to(message.device),
@@ -274,7 +274,7 @@ def _add_(
     numels = tuple(grad.numel() for grad in grads)
     scales = np.empty(len(grads), np.float32)
     scales[:] = scale
-    host = [_host(message, torch.uint8) for message in messages]
+    host = [_bytes(message) for message in messages]
     decoded = codec_cpu.each(lambda message: _decode(message, numels), host)
     if all(grad.device.type == "cpu" for grad in grads):
         positions = np.concatenate([np.zeros(0, np.int64), *(each.positions for each in decoded)])
@@ -313,6 +313,12 @@ def _check_dense(grads: Sequence[Tensor]) -> None:
 
 def _host(tensor: Tensor, dtype: torch.dtype) -> npt.NDArray[Any]:
     return tensor.detach().to("cpu", dtype).contiguous().numpy()
+
+
+def _bytes(message: Tensor) -> Bytes:
+    if message.dtype is not torch.uint8 or message.dim() != 1:
+        raise WireError(f"a message is uint8 [bytes], not {message.dtype} {list(message.shape)}")
+    return _host(message, torch.uint8)
 
 
 def _ends(numels: Sequence[int]) -> Ints:

@@ -169,8 +169,8 @@ def _decode_positions(
     """The inverse of `_encode_gaps` and `_encode_quotients`; counts is zero on entry."""
     escape, total = np.int64(starts.size - 2), ends[ends.size - 1]
     symbols = np.empty(1 << PROBABILITY_BITS, np.uint8)
-    for symbol in range(escape + 1):
-        symbols[starts[symbol] : starts[symbol + 1]] = symbol
+    for filled in range(escape + 1):
+        symbols[starts[filled] : starts[filled + 1]] = filled
     state = np.int64(words[0]) << 32 | np.int64(words[1])
     if state < STATE_LOW:
         return STATE

@@ -1,0 +1,371 @@
+"""Gradient messages: round trip, bounds, fixed bytes, and every way in which bytes can be wrong."""
+
+import tracemalloc
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.fuzz_wire import ALLOCATION_FACTOR, ALLOCATION_FIXED, check, mutate, seal, seeds
+from dgc.core import Sparse, SparseBatch
+from dgc.core.quantize import VALUE_BITS
+from dgc.errors import ConfigError, GradientError, WireError
+from dgc.train import wire
+from dgc.train.frame import FIXED_BYTES, varint
+
+
+def tensor_of(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(bytearray(data), np.uint8))
+
+
+def bytes_of(message: torch.Tensor) -> bytes:
+    return bytes(message.tolist())
+
+
+def sparse(numel: int, count: int, seed: int) -> Sparse:
+    """`count` of `numel` elements, spread evenly; values ±0.5 to ±6.5, computed exactly."""
+    j = torch.arange(count)
+    values = ((j * 7 + seed) % 13 + 1).float() / 2 * (1 - 2 * (j % 3 == 0).float())
+    return Sparse(j * numel // max(1, count), values, numel)
+
+
+@st.composite
+def sparse_lists(draw: Any) -> list[Sparse]:
+    out = []
+    for numel in draw(st.lists(st.integers(0, 200), max_size=6)):
+        some = st.sets(st.integers(0, numel - 1), max_size=numel) if numel else st.just(set())
+        indices = torch.tensor(sorted(draw(some)), dtype=torch.int64)
+        seed = draw(st.integers(0, 1 << 30))
+        values = torch.randn(len(indices), generator=torch.Generator().manual_seed(seed))
+        out.append(Sparse(indices, values, numel))
+    return out
+
+
+@settings(max_examples=200, deadline=None)
+@given(sparse_lists(), st.sampled_from(VALUE_BITS), st.integers(0, 20))
+def test_round_trip_within_the_bound(tensors: list[Sparse], bits: int, padding: int) -> None:
+    message = wire.encode(tensors, bits)
+    counts = [len(each.indices) for each in tensors]
+    assert message.numel() <= wire.max_message_bytes([t.numel for t in tensors], counts, bits)
+    found = wire.decode(torch.cat([message, torch.zeros(padding, dtype=torch.uint8)]))
+    assert len(found) == len(tensors)
+    for sent, got in zip(tensors, found, strict=True):
+        assert torch.equal(sent.indices, got.indices)
+        assert sent.numel == got.numel
+        assert torch.equal(torch.signbit(sent.values), torch.signbit(got.values))
+        if bits == 32:
+            assert torch.equal(sent.values, got.values)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sparse_lists(), st.sampled_from(VALUE_BITS), st.data())
+def test_the_sender_knows_what_arrives(
+    tensors: list[Sparse], bits: int, data: st.DataObject
+) -> None:
+    tensors = [*tensors, sparse(10, 2, 0)]
+    used = data.draw(st.lists(st.booleans(), min_size=len(tensors), max_size=len(tensors)))
+    batch = SparseBatch.cat(tensors)
+    size = wire.max_message_bytes(batch.numels, batch.counts, bits)
+    message, values = wire.encode_batch(batch, bits, message_bytes=size, used=used)
+    assert message.numel() == size
+    found = wire.decode_batch(message, batch.numels)
+    assert torch.equal(found.batch.values.view(torch.int32), values.view(torch.int32))
+    assert torch.equal(found.batch.indices, batch.indices)
+    assert (found.batch.counts, found.batch.numels) == (batch.counts, batch.numels)
+    assert (found.finite, found.used) == (True, tuple(used))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_adding_equals_dense_arithmetic_bit_for_bit(overwrite: bool) -> None:
+    numels = [40_000, 1, 0, 7, 100_000]
+    grads = [torch.arange(numel).float() for numel in numels]
+    scales = [0.5, 0.25, 1.0, 3.0, 0.1]
+    messages, expected = [], [torch.zeros_like(g) if overwrite else g.clone() for g in grads]
+    for rank in range(3):
+        tensors = [sparse(numel, numel // 7 + (numel > 0), rank) for numel in numels]
+        message = wire.encode(tensors, 4)
+        messages.append(message)
+        for dense, got, scale in zip(expected, wire.decode(message), scales, strict=True):
+            dense[got.indices] += got.values * np.float32(scale)
+    if overwrite:
+        heads = wire.set_mean_(messages, grads, scales)
+    else:
+        heads = [wire.add_mean_(message, grads, scales) for message in messages]
+    assert [head.num_values for head in heads] == [sum(len(t.indices) for t in tensors)] * 3
+    for dense, grad in zip(expected, grads, strict=True):
+        assert torch.equal(dense, grad)
+
+
+def test_no_message_and_no_tensor() -> None:
+    grad = torch.ones(3)
+    assert wire.set_mean_([], [grad], 1.0) == []
+    assert grad.tolist() == [0, 0, 0]
+    assert wire.decode(wire.encode([], 4)) == []
+
+
+def test_a_wrong_message_leaves_the_gradients_alone() -> None:
+    good, bad = wire.encode([sparse(9, 3, 0)], 4), wire.encode([sparse(8, 3, 0)], 4)
+    grads = [torch.ones(9)]
+    with pytest.raises(WireError, match=r"1 tensors of 8 elements, expected 1 of 9"):
+        wire.set_mean_([good, bad], grads, 1.0)
+    with pytest.raises(WireError, match="checksum"):
+        wire.add_mean_(good ^ (torch.arange(len(good)) == len(good) - 1), grads, 1.0)
+    assert grads[0].tolist() == [1.0] * 9
+
+
+def test_not_finite_travels() -> None:
+    batch = SparseBatch.cat([sparse(100, 5, 0), sparse(3, 1, 0)])
+    batch.values[2] = float("nan")
+    for finite in (True, False):
+        message, values = wire.encode_batch(
+            batch, 4, message_bytes=60, finite=finite, used=[True, False]
+        )
+        assert values.tolist() == [0.0] * 6
+        found = wire.decode_batch(message)
+        assert (found.finite, found.used, found.batch.counts) == (False, (True, False), (0, 0))
+        grads = [torch.ones(100), torch.ones(3)]
+        assert not wire.add_mean_(message, grads, 1.0).finite
+        assert all((grad == 1).all() for grad in grads)
+    with pytest.raises(GradientError, match="NaN or infinite"):
+        wire.encode(batch.split(), 4)
+
+
+def test_addresses_beyond_32_bits() -> None:
+    numel = 1 << 40
+    indices = torch.tensor([0, 5, 1 << 33, numel - 1])
+    message = wire.encode([Sparse(indices, torch.ones(4), numel), sparse(3, 1, 0)], 3)
+    assert torch.equal(wire.decode(message)[0].indices, indices)
+    assert message.numel() <= wire.max_message_bytes([numel, 3], [4, 1], 3)
+
+
+@pytest.mark.parametrize(
+    ("indices", "counts", "numels", "text"),
+    [
+        ([3, 3], (2,), (9,), "must ascend"),
+        ([3, 2], (2,), (9,), "must ascend"),
+        ([-1, 2], (2,), (9,), "must ascend"),
+        ([1, 9], (2,), (9,), "must ascend"),
+        ([1, 4, 2], (2, 1), (4, 4), "must ascend"),
+        ([1, 2, 3], (2,), (9,), "hold 3, 3 and 2"),
+        ([1, 2], (2,), (9, 9), "1 counts for 2 tensors"),
+        ([], (0,), (-1,), "hold"),
+    ],
+)
+def test_impossible_batches_are_refused(
+    indices: list[int], counts: tuple[int, ...], numels: tuple[int, ...], text: str
+) -> None:
+    batch = SparseBatch(
+        torch.tensor(indices, dtype=torch.int64), torch.ones(len(indices)), counts, numels
+    )
+    with pytest.raises(ConfigError, match=text):
+        wire.encode_batch(batch, 4, message_bytes=100)
+
+
+def test_other_wrong_arguments_are_refused() -> None:
+    batch = SparseBatch.cat([sparse(100, 5, 0)])
+    with pytest.raises(ConfigError, match="message_bytes is 20"):
+        wire.encode_batch(batch, 4, message_bytes=20)
+    with pytest.raises(ConfigError, match="value_bits is 5"):
+        wire.encode(batch.split(), 5)
+    with pytest.raises(ConfigError, match="101 values in a tensor of 100"):
+        wire.max_message_bytes([100], [101], 4)
+    with pytest.raises(ConfigError, match="4 GiB"):
+        wire.max_message_bytes([1 << 40], [1 << 31], 32)
+    with pytest.raises(ConfigError, match="give contiguous float32"):
+        wire.add_mean_(wire.encode(batch.split(), 4), [torch.ones(10, 10).t()], 1.0)
+    with pytest.raises(WireError, match="float32"):
+        wire.decode(torch.zeros(30))
+
+
+# 3 values at 3, 40, 1000 of 3000: the worked example of docs/wire.md is the one of 4 bits.
+EXAMPLE = Sparse(torch.tensor([3, 40, 1000]), torch.tensor([1.0, -2.0, 4.0]), 3000)
+GOLDEN = {
+    1: "44474301 00501f00000001b817031540837c0203a60000a302e12f4bbbaffb",
+    2: "44474301 01502100000001b81703c03f8040837c1803a60000a302e12fc5c00835",
+    3: "44474301 02502200000001b81703803f8040837ce80003a60000a302e12ffeee45c5",
+    4: "44474301 03502200000001b81703803f8040837cb00703a60000a302e12f1ce3faec",
+    8: "44474301 04502300000001b81703803f8040837c00bf7f03a60000a302e12fdc270634",
+    16: "44474301 05502600000001b81703803f8040837c0000ffbfff7f03a60000a302e12f55922c60",
+    32: "44474301 06502800000001b81703837c0000803f000000c00000804003a60000a302e12fd5ef4a8b",
+}
+
+
+@pytest.mark.parametrize("bits", VALUE_BITS)
+def test_golden_bytes(bits: int) -> None:
+    assert bytes_of(wire.encode([EXAMPLE], bits)) == bytes.fromhex(GOLDEN[bits])
+
+
+GOLDEN_SIZES = {
+    (1, 0.0001): (37, 0x5C6BAC4E),
+    (1, 0.001): (63, 0x0231B0F2),
+    (1, 0.01): (262, 0x47DC71D5),
+    (1, 0.25): (2725, 0x7EAEDAC2),
+    (1, 1.0): (2573, 0x90949BC2),
+    (2, 0.0001): (41, 0x98EEBDC9),
+    (2, 0.001): (70, 0xAC2AAE09),
+    (2, 0.01): (291, 0x5349E681),
+    (2, 0.25): (3363, 0x5442ECBF),
+    (2, 1.0): (5114, 0x10EBF430),
+    (3, 0.0001): (42, 0x319A7711),
+    (3, 0.001): (72, 0x77FC101E),
+    (3, 0.01): (317, 0xC7BC709A),
+    (3, 0.25): (3998, 0xD6B1BA78),
+    (3, 1.0): (7652, 0x3D747181),
+    (4, 0.0001): (42, 0xAA6CD088),
+    (4, 0.001): (75, 0x09AE895B),
+    (4, 0.01): (342, 0x7A9C2EA7),
+    (4, 0.25): (4632, 0x896F7C04),
+    (4, 1.0): (10189, 0x22A3E3EE),
+    (8, 0.0001): (43, 0x0CDD12E9),
+    (8, 0.001): (85, 0x8F5D11A7),
+    (8, 0.01): (443, 0x537F9741),
+    (8, 0.25): (7169, 0xC8E14AF7),
+    (8, 1.0): (20339, 0xA306C2A8),
+    (16, 0.0001): (46, 0x117562D5),
+    (16, 0.001): (106, 0xDE594A7D),
+    (16, 0.01): (646, 0xE8910351),
+    (16, 0.25): (12244, 0x3BCAF173),
+    (16, 1.0): (40639, 0x356353EA),
+    (32, 0.0001): (44, 0xC58BAB5D),
+    (32, 0.001): (140, 0x3EA057C3),
+    (32, 0.01): (1044, 0x97D06130),
+    (32, 0.25): (22386, 0x73CDE8C3),
+    (32, 1.0): (81231, 0xCBE036ED),
+}
+
+
+@pytest.mark.parametrize("density", [0.0001, 0.001, 0.01, 0.25, 1.0])
+@pytest.mark.parametrize("bits", VALUE_BITS)
+def test_golden_checksums(bits: int, density: float) -> None:
+    """Length and CRC-32 of two tensors' messages; the checksum covers every byte before it."""
+    tensors = [sparse(n, max(1, int(n * density)), n) for n in (20_000, 300)]
+    message = bytes_of(wire.encode(tensors, bits))
+    assert (len(message), zlib.crc32(message[:-4])) == GOLDEN_SIZES[bits, density]
+
+
+VALID = bytes_of(wire.encode([EXAMPLE, sparse(50, 5, 1)], 4))
+TABLES = FIXED_BYTES
+HUGE = varint((1 << 49) - 1)
+
+
+def altered(at: int, *values: int) -> bytes:
+    return VALID[:at] + bytes(values) + VALID[at + len(values) :]
+
+
+def with_tables(tables: bytes, rest: bytes = b"", flags: int = 3, code: int = 0) -> bytes:
+    """A sealed message of the given bytes after the fixed part."""
+    return seal(b"DGC\x01" + bytes([flags, code]) + bytes(4) + tables + rest + bytes(4))
+
+
+HOSTILE = {
+    "empty": (b"", "0 bytes: a message has at least 14"),
+    "short": (VALID[:9], "9 bytes"),
+    "cut": (VALID[:-1], "cut short"),
+    "length beyond": (altered(6, 0xFF, 0xFF, 0xFF, 0xFF), "length is 4294967295"),
+    "length too small": (altered(6, 3, 0, 0, 0), "length is 3"),
+    "magic": (altered(0, 0x45), "magic is 454743"),
+    "version": (altered(3, 2), "version is 2"),
+    "checksum": (altered(len(VALID) - 1, VALID[-1] ^ 1), "checksum"),
+    "damage": (altered(20, VALID[20] ^ 1), "checksum"),
+    "padding": (VALID + b"\0\1", "other than zero"),
+    "flag": (seal(altered(4, 0x23)), "flags are 0x23"),
+    "width": (seal(altered(4, 7)), "flags are 0x07"),
+    "no tables": (with_tables(b""), "number of tensors"),
+    "endless varint": (with_tables(b"\xff" * 9), "number of tensors"),
+    "long varint": (with_tables(b"\x81\x00\x05\x00"), "number of tensors"),
+    "many tensors": (with_tables(HUGE), "562949953421311 tensors in 0 bytes"),
+    "many elements": (with_tables(b"\x01" + HUGE + b"\0"), "elements in all: at most"),
+    "too many values": (with_tables(b"\x01\x05\x06"), "6 values for tensors of 5"),
+    "no values": (with_tables(b"\x01\x05"), "number of values"),
+    "many values": (with_tables(b"\x01" + varint(1 << 47) + varint(1 << 46)), "bytes for 70368"),
+    "values not finite": (with_tables(b"\x01\x05\x01", bytes(16), flags=11), "not finite"),
+    "code without values": (with_tables(b"\x01\x05\x00", code=9), "gap code 9"),
+    "body without values": (with_tables(b"\x01\x05\x00", b"\0"), "1 bytes follow"),
+    "bitmap cut": (with_tables(b"\x01\x05", flags=19), "0 bytes of the 1"),
+    "bitmap full": (with_tables(b"\x01\x05\x01\x00", flags=19), "name none of them"),
+    "bitmap too wide": (with_tables(b"\x01\x05\x02\x00", flags=19), "one too many"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_frames(name: str) -> None:
+    data, text = HOSTILE[name]
+    with pytest.raises(WireError, match=text):
+        wire.decode(tensor_of(data))
+
+
+START = b"\x01\x00\x00\x00\x00\x00\x00\x00"
+"""Words of state 2^32: one bit was written."""
+
+
+def body(
+    parameters: bytes = b"\x80\x3f\x80\x3f",
+    codes: bytes = b"\x00",
+    words: bytes = START,
+    **more: Any,
+) -> bytes:
+    """One value of one tensor of 5 elements, without low bits."""
+    return with_tables(b"\x01\x05\x01", parameters + codes + words, code=8, **more)
+
+
+HOSTILE_BODIES = {
+    "infinite level": (body(b"\x80\x3f\x80\x7f"), "level is not finite"),
+    "nan level": (body(b"\xc0\x7f\xc0\x7f"), "level is not finite"),
+    "levels descend": (body(b"\x81\x3f\x80\x3f"), "lies above"),
+    "negative level": (body(b"\x80\x3f\x80\xbf"), "level is not finite"),
+    "infinite one-bit level": (body(b"\x80\x7f", flags=0), "level is not finite"),
+    "zero one-bit level": (body(b"\x00\x80", flags=0), "level is not finite"),
+    "infinite value": (body(b"", b"\x00\x00\x80\xff", flags=6), "value is not finite"),
+    "nan value": (body(b"", b"\x01\x00\x80\x7f", flags=6), "value is not finite"),
+    "fill": (body(codes=b"\x10"), "fill up a section"),
+    "low state": (body(words=b"\x00\x00\x00\x00\xff\xff\xff\x7f"), "state is out of range"),
+    "high state": (body(words=b"\x00\x00\x00\x80\x00\x00\x00\x00"), "state is out of range"),
+    "words end": (body(words=b"\x00\x00\x00\x00\x00\x00\x00\x80"), "ends before"),
+    "words left": (body(words=START + bytes(4)), "goes on after"),
+    "last state": (body(words=b"\x02\x00\x00\x00\x00\x00\x00\x00"), "goes on after"),
+    "odd words": (body(words=START + b"\0"), "multiple of 4"),
+    "outside": (body(words=b"\x00\x01\x00\x00\x00\xfc\x00\x00"), "outside the tensors"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_BODIES)
+def test_hostile_bodies(name: str) -> None:
+    data, text = HOSTILE_BODIES[name]
+    with pytest.raises(WireError, match=text):
+        wire.decode(tensor_of(data))
+
+
+def test_the_hostile_bodies_spoil_a_valid_one() -> None:
+    (found,) = wire.decode(tensor_of(body()))
+    assert (found.indices.tolist(), found.values.tolist()) == ([0], [1.0])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=80), st.booleans())
+def test_random_bytes(tail: bytes, sealed: bool) -> None:
+    check(with_tables(tail[1:], flags=tail[0] % 32, code=tail[-1]) if sealed and tail else tail)
+
+
+def test_mutated_messages() -> None:
+    rng = np.random.default_rng(0)
+    corpus = seeds(rng)
+    verdicts = {check(mutate(rng, corpus[n % len(corpus)])) for n in range(3000)}
+    assert "valid" in verdicts
+    assert len(verdicts) > 10
+
+
+@pytest.mark.parametrize("bits", [1, 32])
+def test_memory_for_decoding_is_bounded(bits: int) -> None:
+    """One bit a value and nothing but neighbours expands most."""
+    data = bytes_of(wire.encode([sparse(200_000, 200_000, 0)], bits))
+    many = bytes_of(wire.encode([sparse(1, 0, 0)] * 20_000 + [sparse(1, 1, 0)], bits))
+    for each in (data, many):
+        tracemalloc.start()
+        wire.decode_batch(tensor_of(each))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak <= ALLOCATION_FACTOR * len(each) + ALLOCATION_FIXED
