@@ -1,0 +1,149 @@
+"""What is pruned, when, and what counts as a user's fault."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.utils.prune as torch_prune
+from torch import nn
+
+from dgc.errors import ConfigError
+from dgc.model import (
+    cubic_density,
+    densities,
+    distill,
+    import_masks,
+    l1_penalty,
+    l2_penalty,
+    prune,
+    prune_by_std,
+    prune_iteratively,
+    share,
+)
+
+
+def make() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
+
+
+def test_the_largest_of_each_layer_are_kept() -> None:
+    model, dense = make(), make()
+    prune(model, density=0.25)
+    for index in (0, 2):
+        weight, original = model[index].weight, dense[index].weight
+        kept = weight != 0
+        assert int(kept.sum()) == math.ceil(0.25 * weight.numel())
+        assert original[kept].abs().min() >= original[~kept].abs().max()
+        assert torch.equal(weight[kept], original[kept])
+        assert torch.equal(model[index].bias, dense[index].bias)
+
+
+def test_layers_compete_in_global_scope() -> None:
+    model = make()
+    model[2].weight.data.mul_(10_000)
+    prune(model, density=0.25, scope="global")
+    assert int((model[2].weight != 0).sum()) == 150
+    assert sum(int((model[i].weight != 0).sum()) for i in (0, 2)) == math.ceil(0.25 * 750)
+
+
+def test_names_of_layers_and_parameters() -> None:
+    model = prune(make(), density={"0": 0.1, "2.weight": 0.5, "0.bias": 0.5})
+    assert densities(model) == {"0.weight": 0.1, "2.weight": 0.5}
+    assert int((model[0].bias != 0).sum()) == 15
+
+
+def test_pruning_again_only_removes() -> None:
+    model = prune(make(), density=0.5)
+    first = model[0].weight != 0
+    prune(model, density=0.9)
+    assert torch.equal(model[0].weight != 0, first)
+    prune(model, density=0.2)
+    second = model[0].weight != 0
+    assert int(second.sum()) == 120
+    assert bool((first | ~second).all())
+
+
+def test_quality_times_standard_deviation() -> None:
+    model, dense = make(), make()
+    prune_by_std(model, {"0": 1.2})
+    original = dense[0].weight.detach()
+    mean = original.mean()
+    std = math.sqrt(float((original - mean).square().mean()))
+    assert torch.equal(model[0].weight != 0, original.abs() >= 1.2 * std)
+    assert densities(model)["2.weight"] == 1.0
+
+
+def test_masks_of_torch_are_taken_over() -> None:
+    model = make()
+    torch_prune.l1_unstructured(model[0], "weight", amount=0.75)
+    parameter = model[0].weight_orig
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    kept = model[0].weight != 0
+    import_masks(model)
+    assert model[0].weight is parameter
+    model(torch.randn(3, 20)).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(model[0].weight != 0, kept)
+
+
+def test_cubic_schedule() -> None:
+    values = [cubic_density(s, 10, 110, final=0.05, initial=0.8) for s in range(121)]
+    assert values[0] == values[10] == 0.8
+    assert values[110] == values[120] == 0.05
+    assert values[60] == pytest.approx(0.05 + 0.75 / 8)
+    assert values == sorted(values, reverse=True)
+
+
+def test_iterative_pruning_retrains_in_between() -> None:
+    seen: list[float] = []
+    prune_iteratively(make(), [0.5, 0.2, 0.1], lambda m: seen.append(densities(m)["0.weight"]))
+    assert seen == [0.5, 0.2, 0.1]
+
+
+def test_penalties() -> None:
+    model = make()
+    weights = [model[0].weight.double(), model[2].weight.double()]
+    assert l1_penalty(model).item() == pytest.approx(sum(float(w.abs().sum()) for w in weights))
+    assert l2_penalty(model).item() == pytest.approx(sum(float((w * w).sum()) for w in weights))
+
+
+def test_distillation_against_a_loop() -> None:
+    torch.manual_seed(1)
+    logits, teacher = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    labels = torch.randint(0, 4, (6,))
+    soft = hard = 0.0
+    for row in range(6):
+        p = [math.exp(float(x) / 2.5) for x in teacher[row]]
+        q = [math.exp(float(x) / 2.5) for x in logits[row]]
+        e = [math.exp(float(x)) for x in logits[row]]
+        for i in range(4):
+            soft += p[i] / sum(p) * math.log(p[i] / sum(p) / (q[i] / sum(q))) / 6
+        hard -= math.log(e[int(labels[row])] / sum(e)) / 6
+    loss = distill(logits, teacher, labels, temperature=2.5, weight=0.7)
+    assert loss.item() == pytest.approx(0.7 * 2.5**2 * soft + 0.3 * hard)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: prune(m, 0.0), r"0\.weight is 0\.0.*\(0, 1\]"),
+        (lambda m: prune(m, {"fc9": 0.1}), "no parameter 'fc9'.*0.weight"),
+        (lambda m: prune(m, {"0": 0.1}, scope="global"), "one number"),
+        (lambda m: prune(m, 0.5, scope="all"), "'layer' or 'global'"),
+        (lambda m: prune(m[1], 0.5), "two or more dimensions"),
+        (lambda m: prune(share(m, 2), 0.5), "prune before share"),
+        (lambda m: prune_by_std(m, -1.0), "0 or more"),
+        (lambda m: cubic_density(1, 5, 5, final=0.1), "begin < end"),
+        (lambda m: share(m, 9), "1 to 8"),
+        (lambda m: share(m, 4, init="best"), "kmeans"),
+        (lambda m: share(m, 4, penalty=-1.0), "0 or more"),
+        (
+            lambda m: distill(m[0].bias, m[0].bias, m[0].bias, temperature=0.0, weight=0.5),
+            "temperature 0.0",
+        ),
+    ],
+)
+def test_faults_of_the_user(call: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        call(make())  # type: ignore[operator]
