@@ -134,22 +134,26 @@ def _hits(bits: Any, low: Any) -> Any:
 
 
 @kernel
-def _search(v: Any, first: int, low: Any, where: Any, what: Any, n: int) -> int:
-    """Append the elements of block `v` whose magnitude has at least the bits `low`.
+def _search(v: Any, at: int, first: int, low: Any, where: Any, what: Any, n: int, most: int) -> Any:
+    """Append the elements of block `v` from `at` on whose magnitude has at least the bits `low`.
 
-    Example: v = [2, -3, 1], first = 10, low = bits of 2: positions 10 and 11 are appended.
+    Stops after a run that fills the buffers beyond `most`. Example: v = [2, -3, 1], at = 0,
+    first = 10, low = bits of 2: positions 10 and 11 are appended.
+
+    Returns:
+        How many the buffers hold now, and where to go on.
     """
     bits = v.view(np.int32)
-    for r in range(0, v.size, RUN):
-        run = bits[r : r + RUN]
-        if _hits(run, low) == 0:
-            continue
-        for i in range(run.size):
-            if (run[i] & MAGNITUDE) >= low:
-                where[n] = first + r + i
-                what[n] = v[r + i]
-                n += 1
-    return n
+    while at < v.size and n <= most:
+        run = bits[at : at + RUN]
+        if _hits(run, low):
+            for i in range(run.size):
+                if (run[i] & MAGNITUDE) >= low:
+                    where[n] = first + at + i
+                    what[n] = v[at + i]
+                    n += 1
+        at += RUN
+    return n, at
 
 
 @kernel
@@ -180,7 +184,7 @@ def collect(
 ) -> Any:
     """Update the part with the gradients, where there are any, and collect what reaches `low`.
 
-    Whenever more than 2·keep + BLOCK elements of a segment are held, all but the `keep` largest are
+    Whenever more than 2·keep + RUN elements of a segment are held, all but the `keep` largest are
     dropped, and from there on only larger ones than the smallest of these pass. So the `keep`
     largest of what reaches `low` are always among those returned, and memory is bounded.
 
@@ -210,10 +214,12 @@ def collect(
                     _update(g, u[first:last], block, rows[t])
                 else:
                     _update_plain(g, block, rows[t])
-            if keep:
+            at = 0 if keep else BLOCK
+            while at < block.size:
                 where, what = _room(where, what, n)
-                n = _search(block, first, floor, where, what, n)
-                if n - before > 2 * keep + BLOCK:
+                most = before + 2 * keep + RUN
+                n, at = _search(block, at, first, floor, where, what, n, most)
+                if n > most:
                     n, smallest = compact(where, what, before, n, keep)
                     # Of equal magnitudes the first are kept, so a later one is of no use.
                     floor = np.int32(smallest + 1)
