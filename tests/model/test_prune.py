@@ -103,7 +103,7 @@ def test_iterative_pruning_retrains_in_between() -> None:
 
 def test_penalties() -> None:
     model = make()
-    weights = [model[0].weight.double(), model[2].weight.double()]
+    weights = [model[0].weight.detach().double(), model[2].weight.detach().double()]
     assert l1_penalty(model).item() == pytest.approx(sum(float(w.abs().sum()) for w in weights))
     assert l2_penalty(model).item() == pytest.approx(sum(float((w * w).sum()) for w in weights))
 
