@@ -19,26 +19,33 @@ def encode_values(
 ) -> Any:
     """Codes are packed, `parameters` `[T, 2]` and the values as decoded are returned."""
     bits, out = values.view(np.int32), decoded.view(np.uint32)
+    for i in range(bits.size):
+        if bits[i] & MAGNITUDE >= INFINITE:
+            return VALUE
     mask = (np.int64(1) << (value_bits - 1)) - 1
     moments, levels = np.empty((3, SEARCH_BINS)), np.empty(MAX_SEARCHED_LEVELS, np.float32)
+    table, middles = np.empty(MAX_SEARCHED_LEVELS, np.int64), np.empty(MAX_SEARCHED_LEVELS)
     pending, held, at, j = np.int64(0), 0, 0, 0
     for t in range(counts.size):
         stop = j + counts[t]
-        for i in range(j, stop):
-            if bits[i] & MAGNITUDE >= INFINITE:
-                return VALUE
         lo, hi, zero = np.int64(0), np.int64(0), np.int64(0)
         if value_bits < 32 and stop > j:
             lo, hi, zero = _fit(values[j:stop], mask + 1, moments, levels)
             parameters[t, 0], parameters[t, 1] = lo | zero << 15, hi
         low, span, steps = lo << 16, (hi - lo) << 16, max(1, mask - zero)
+        if mask < MAX_SEARCHED_LEVELS:
+            _tabulate(low, span, steps, zero, mask, table, middles)
         while j < stop:
             pattern = np.int64(bits[j]) & MAGNITUDE
             code = pattern
-            if value_bits < 32:
+            if mask < MAX_SEARCHED_LEVELS:
+                code = np.int64(0)
+                for i in range(mask):
+                    code += np.float64(_float(pattern)) > middles[i]
+                pattern = table[code]
+            elif value_bits < 32:
                 code = _nearest(pattern, low, span, steps, zero, mask)
-                step = code - zero
-                pattern = np.int64(0) if step < 0 else low + span * step // steps
+                pattern = _level(code, low, span, steps, zero)
             sign = np.int64(bits[j] < 0)
             out[j] = pattern | sign << 31
             pending |= (code | sign << (value_bits - 1)) << held
@@ -60,24 +67,45 @@ def _float(bits: Any) -> Any:
 
 
 @kernel
+def _level(code: Any, low: Any, span: Any, steps: Any, zero: Any) -> Any:
+    return np.int64(0) if code < zero else low + span * (code - zero) // steps
+
+
+@kernel
+def _tabulate(
+    low: Any, span: Any, steps: Any, zero: Any, mask: Any, table: Any, middles: Any
+) -> None:
+    """All levels as bits, and what lies half-way to the next."""
+    for code in range(mask + 1):
+        table[code] = _level(np.int64(code), low, span, steps, zero)
+    for code in range(mask):
+        below, above = _float(table[code]), _float(table[code + 1])
+        middles[code] = (np.float64(below) + np.float64(above)) / 2
+
+
+@kernel
 def _nearest(pattern: Any, low: Any, span: Any, steps: Any, zero: Any, mask: Any) -> Any:
-    """Code of the nearest level in float64, the lower of two equally near."""
-    last = mask - zero
-    step = np.int64(0)
-    if pattern > low and span > 0:
-        step = min(((pattern - low) * steps) // span, last)
-        # Rounding down of the levels may have put the next one at or below the pattern.
-        if step < last and low + span * (step + 1) // steps <= pattern:
-            step += 1
+    """How many middles lie below the magnitude, without a table of them."""
     value = np.float64(_float(pattern))
-    below = np.float64(_float(low + span * step // steps))
-    if value >= below and step < last and span > 0:
-        above = np.float64(_float(low + span * (step + 1) // steps))
-        if value - below > above - value:
-            step += 1
-    if zero and step == 0 and (below == 0 or value <= below - value):
-        return np.int64(0)
-    return step + zero
+    if span == 0:
+        first = np.float64(_float(low))
+        if value > first:
+            return mask
+        return zero if zero and value > first / 2 else np.int64(0)
+    code = zero
+    if pattern > low:
+        code += min(((pattern - low) * steps) // span, steps)
+        # Levels are rounded down, so the next one may be at or below the pattern.
+        if code < mask and _level(code + 1, low, span, steps, zero) <= pattern:
+            code += 1
+    elif zero:
+        code = np.int64(0)
+    if code < mask:
+        below = np.float64(_float(_level(code, low, span, steps, zero)))
+        above = np.float64(_float(_level(code + 1, low, span, steps, zero)))
+        if value > (below + above) / 2:
+            code += 1
+    return code
 
 
 @kernel
@@ -108,21 +136,23 @@ def _fit(values: Any, num_magnitudes: Any, moments: Any, levels: Any) -> Any:
         return level, level, zero
     if positives <= num_levels or num_levels > MAX_SEARCHED_LEVELS:
         return lowest >> 16, min((highest + 0xFFFF) >> 16, MAX_FINITE), zero
-    width = (highest - lowest) // SEARCH_BINS + 1
-    _histogram(values, lowest, width, moments)
-    first, last = _search(moments, lowest, highest, width, levels[:num_levels])
+    shift = 0
+    while (highest - lowest) >> shift >= SEARCH_BINS:
+        shift += 1
+    _histogram(values, lowest, shift, moments)
+    first, last = _search(moments, lowest, highest, shift, levels[:num_levels])
     return _upper(first), _upper(last), zero
 
 
 @kernel
-def _histogram(values: Any, low: Any, width: Any, moments: Any) -> None:
-    """Cumulative count, sum and sum of squares of the positive magnitudes, in bins of bits."""
+def _histogram(values: Any, low: Any, shift: Any, moments: Any) -> None:
+    """Cumulative count, sum and sum of squares of the positive magnitudes, in bins of 2^shift bit patterns."""
     bits = values.view(np.int32)
     moments[:] = 0.0
     for i in range(bits.size):
         pattern = np.int64(bits[i] & MAGNITUDE)
         if pattern > 0:
-            index, value = (pattern - low) // width, np.float64(abs(values[i]))
+            index, value = (pattern - low) >> shift, np.float64(abs(values[i]))
             moments[0, index] += 1.0
             moments[1, index] += value
             moments[2, index] += value * value
@@ -132,10 +162,10 @@ def _histogram(values: Any, low: Any, width: Any, moments: Any) -> None:
 
 
 @kernel
-def _search(moments: Any, low: Any, high: Any, width: Any, levels: Any) -> Any:
+def _search(moments: Any, low: Any, high: Any, shift: Any, levels: Any) -> Any:
     """First and last level: each end is moved by a step while that helps, then it is halved."""
     first, last, step = low, high, (high - low) // 4
-    best = _error(moments, low, width, first, last, levels)
+    best = _error(moments, low, shift, first, last, levels)
     smallest = (high - low) // SEARCH_BINS
     while step > smallest:
         moved = False
@@ -144,7 +174,7 @@ def _search(moments: Any, low: Any, high: Any, width: Any, levels: Any) -> Any:
             down = (np.int64(0), step, np.int64(0), -step)[move]
             if first + up < low or first + up > last - down or last - down > high:
                 continue
-            error = _error(moments, low, width, first + up, last - down, levels)
+            error = _error(moments, low, shift, first + up, last - down, levels)
             if error < best:
                 best, first, last, moved = error, first + up, last - down, True
         if not moved:
@@ -153,7 +183,7 @@ def _search(moments: Any, low: Any, high: Any, width: Any, levels: Any) -> Any:
 
 
 @kernel
-def _error(moments: Any, low: Any, width: Any, first: Any, last: Any, levels: Any) -> Any:
+def _error(moments: Any, low: Any, shift: Any, first: Any, last: Any, levels: Any) -> Any:
     """Σ (v − level)², each bin going as a whole to the level that is nearest to its start."""
     bits, num_levels = levels.view(np.int32), levels.size
     for j in range(num_levels):
@@ -164,7 +194,7 @@ def _error(moments: Any, low: Any, width: Any, first: Any, last: Any, levels: An
         if j + 1 < num_levels:
             middle = np.float32((np.float64(levels[j]) + np.float64(levels[j + 1])) / 2)
             border = np.int64(middle.view(np.int32))
-            index = min((border - low) // width, SEARCH_BINS) - 1
+            index = min((border - low) >> shift, SEARCH_BINS) - 1
         if index >= 0:
             level, n, s, q = (
                 np.float64(levels[j]),

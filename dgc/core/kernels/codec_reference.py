@@ -225,13 +225,9 @@ def _valid_parameters(parameters: Ints) -> bool:
 
 
 def _nearest(magnitudes: Floats, table: Floats) -> Ints:
-    """The nearest level in float64, the lowest of equally near ones."""
-    wide, first = np.unique(table.astype(np.float64), return_index=True)
-    if len(wide) == 1:
-        return np.zeros(len(magnitudes), np.int64)
-    upper = np.clip(np.searchsorted(wide, magnitudes), 1, len(wide) - 1)
-    down = magnitudes - wide[upper - 1] <= wide[upper] - magnitudes
-    return first[np.where(down, upper - 1, upper)].astype(np.int64)
+    """The nearest level: how many of the middles between two levels lie below, in float64."""
+    wide = table.astype(np.float64)
+    return np.searchsorted((wide[:-1] + wide[1:]) / 2, magnitudes.astype(np.float64))
 
 
 def _fit(magnitudes: Floats, value_bits: int) -> tuple[int, int]:
@@ -263,22 +259,22 @@ def _search(positive: Floats, low: int, high: int, num_levels: int) -> tuple[int
     Each end is moved by a step as long as that helps; then the step is halved. The error is taken
     from a histogram, not from the values.
     """
-    width = (high - low) // SEARCH_BINS + 1
-    bins = (positive.view(np.uint32).astype(np.int64) - low) // width
+    shift = max(0, (high - low).bit_length() - SEARCH_BINS.bit_length() + 1)
+    bins = (positive.view(np.uint32).astype(np.int64) - low) >> shift
     wide = positive.astype(np.float64)
     moments = [
         np.cumsum(np.bincount(bins, weights, SEARCH_BINS)).tolist()
         for weights in (np.ones_like(wide), wide, wide * wide)
     ]
     first, last, step = low, high, (high - low) // 4
-    best = _error(moments, low, width, first, last, num_levels)
+    best = _error(moments, low, shift, first, last, num_levels)
     smallest = (high - low) // SEARCH_BINS
     while step > smallest:
         moved = False
         for up, down in ((step, 0), (0, step), (-step, 0), (0, -step)):
             if not low <= first + up <= last - down <= high:
                 continue
-            error = _error(moments, low, width, first + up, last - down, num_levels)
+            error = _error(moments, low, shift, first + up, last - down, num_levels)
             if error < best:
                 best, first, last, moved = error, first + up, last - down, True
         if not moved:
@@ -287,7 +283,7 @@ def _search(positive: Floats, low: int, high: int, num_levels: int) -> tuple[int
 
 
 def _error(
-    moments: list[list[float]], low: int, width: int, first: int, last: int, num_levels: int
+    moments: list[list[float]], low: int, shift: int, first: int, last: int, num_levels: int
 ) -> float:
     """Σ (v − level)², each bin going as a whole to the level that is nearest to its start."""
     steps = np.arange(num_levels)
@@ -296,7 +292,7 @@ def _error(
     middle = ((table[:-1] + table[1:]) / 2).astype(np.float32).view(np.int32).astype(np.int64)
     error, seen = 0.0, (0.0, 0.0, 0.0)
     for level, border in zip(table.tolist(), [*middle.tolist(), 1 << 32], strict=True):
-        index = min((border - low) // width, SEARCH_BINS) - 1
+        index = min((border - low) >> shift, SEARCH_BINS) - 1
         upto = (
             (moments[0][index], moments[1][index], moments[2][index]) if index >= 0 else (0.0,) * 3
         )
