@@ -282,6 +282,7 @@ def test_an_empty_bucket_and_empty_tensors(implementation: Implementation) -> No
     assert module.select_(nothing, implementation.layout([]), (), None).counts == ()
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_threads_work_in_a_forked_process() -> None:
     v = gaussian(1)
     cpu.select_(v, LAYOUT, COUNTS, None)
