@@ -3,7 +3,7 @@
 Looked for in this order: the folder that was given, the system's package folder, the cache, the
 Debian package unpacked into the cache without root, the data set's own download.
 
-    python launch/fashion_mnist.py            # prints the folder it found
+    python -m launch.fashion_mnist           # prints the folder it found
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The reference job: train one network on Fashion-MNIST with every rank of an mpirun or torchrun.
 
-    mpirun -np 4 python launch/train.py --compression dgc --density 0.001 --epochs 5 --out out/dgc
+    mpirun -np 4 python -m launch.train --compression dgc --density 0.001 --epochs 5 --out out/dgc
 
 Writes to the folder --out: log.jsonl (one line an epoch, then the result) and model.safetensors.
 """
@@ -10,15 +10,15 @@ import json
 import time
 from pathlib import Path
 
-import fashion_mnist
-import models
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import dgc
 from dgc.config import Compression
+from launch import fashion_mnist, models
+from launch.compress import accuracy
 
 COMPRESSIONS = ("dgc", "paper", "dense", "fp16", "bf16")
 
@@ -65,15 +65,6 @@ def batches(rt: dgc.Runtime, args: argparse.Namespace, count: int, epoch: int) -
     return share[:, rt.rank]
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Percent of images that are classified right."""
-    model.eval()
-    found = torch.cat([model(part).argmax(1) for part in images.split(1000)])
-    model.train()
-    return 100 * float((found == labels).float().mean())
-
-
 def train(rt: dgc.Runtime, args: argparse.Namespace) -> None:
     if rt.rank == 0:
         fashion_mnist.find(args.data)  # one rank fetches, the others find
@@ -101,7 +92,9 @@ def train(rt: dgc.Runtime, args: argparse.Namespace) -> None:
             schedule.step()
             log.step(loss)
         if rt.rank == 0:
-            log.epoch(epoch + 1, accuracy(model, data.test_images, data.test_labels), optimizer)
+            percent = accuracy(model, data.test_images, data.test_labels)
+            model.train()
+            log.epoch(epoch + 1, percent, optimizer)
         rt.comm.barrier()
     if rt.rank == 0:
         save_file(model.state_dict(), args.out / "model.safetensors")

@@ -95,4 +95,5 @@ class TorchCommunicator:
 
     def close(self) -> None:
         if self.owner and dist.is_initialized():
+            self.barrier()  # no rank leaves while another still reads from it
             dist.destroy_process_group()
