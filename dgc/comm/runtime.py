@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from dgc.comm.base import Communicator, SelfCommunicator
+from dgc.comm.horovod import open_horovod
 from dgc.comm.mpi import MpiCommunicator, import_mpi
 from dgc.comm.torch_dist import TorchCommunicator
-from dgc.errors import CommError, ConfigError, MissingPackageError
+from dgc.errors import CommError, ConfigError
 
 BACKENDS = ("auto", "gloo", "nccl", "mpi", "horovod")
 
@@ -163,13 +164,15 @@ def init(backend: str = "auto", *, timeout_seconds: float = 600.0) -> Runtime:
     elif chosen == "mpi":
         comm = _open_mpi(timeout_seconds)
     elif chosen == "horovod":
-        comm = _open_horovod()
+        comm = open_horovod(timeout_seconds)
     else:
         comm = _open_torch(chosen, place, timeout_seconds)
-    if comm.world_size != place.world_size and chosen == "mpi" and place.launcher != "none":
+    through = {"mpi": "mpi4py", "horovod": "Horovod"}.get(chosen)
+    if comm.world_size != place.world_size and through and place.launcher != "none":
         raise CommError(
-            f"{place.launcher} started {place.world_size} ranks, mpi4py sees {comm.world_size}: "
-            "it was built for another MPI. Use the mpirun that belongs to it, or reinstall mpi4py"
+            f"{place.launcher} started {place.world_size} ranks, {through} sees {comm.world_size}: "
+            "it was built for another launcher. Use the mpirun (for Horovod also horovodrun) that "
+            f"belongs to it, or reinstall {through}"
         )
     if comm.world_size > 1 and place.launcher == "none":
         place = place._replace(local_size=comm.world_size, local_rank=comm.rank)
@@ -231,12 +234,6 @@ def _open_mpi(timeout_seconds: float) -> MpiCommunicator:
 
     sys.excepthook = abort
     return MpiCommunicator(timeout_seconds=timeout_seconds)
-
-
-def _open_horovod() -> Communicator:
-    if not find_spec("horovod"):
-        raise MissingPackageError("horovod is not installed: run launch/install_horovod.sh")
-    raise ConfigError("the horovod backend is not available yet")
 
 
 def _open_torch(backend: str, place: Place, timeout_seconds: float) -> TorchCommunicator:
