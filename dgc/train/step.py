@@ -99,8 +99,6 @@ def receive_(messages: Tensor, grads: Sequence[Tensor], scales: Sequence[float])
     Raises:
         WireError: a message was damaged on its way.
     """
-    for grad in grads:
-        grad.zero_()
-    heads = [wire.add_mean_(message, grads, scales) for message in messages]
+    heads = wire.set_mean_(messages, grads, scales)
     used = zip(*(head.used for head in heads), strict=True)
     return Arrival(all(head.finite for head in heads), tuple(any(ranks) for ranks in used))
