@@ -33,5 +33,5 @@ class Layout(NamedTuple):
 
     def split(self, flat: Tensor) -> tuple[Tensor, ...]:
         """The tensors of `flat` `[n]`, each a view `[numels[t]]`."""
-        views: tuple[Tensor, ...] = torch.split(flat, self.numels)  # type: ignore[no-untyped-call]
+        views: tuple[Tensor, ...] = torch.split(flat, list(self.numels))
         return views

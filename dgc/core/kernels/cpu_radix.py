@@ -14,19 +14,6 @@ EVERYTHING = np.array([1], np.int32)
 
 
 @kernel
-def _bin_of_rank(counts: Any, rank: int) -> Any:
-    """The bin that holds the element of `rank` (1 is the largest), and its rank in that bin.
-
-    Example: counts = [5, 2, 1], rank = 2: one element is above bin 1, so (1, 1).
-    """
-    b = counts.size - 1
-    while rank > counts[b]:
-        rank -= counts[b]
-        b -= 1
-    return b, rank
-
-
-@kernel
 def kth_largest(bits: Any, rank: int) -> Any:
     """The `rank`-th largest of the int32 `bits`, each in [0, 2^31); overwrites `bits`.
 
@@ -34,17 +21,25 @@ def kth_largest(bits: Any, rank: int) -> Any:
     Example: [5, 9, 9, 1], rank 3: 5.
     """
     n = bits.size
+    counts = np.zeros(BINS, np.int64)
     for shift in (20, 10, 0):
-        counts = np.zeros(BINS, np.int64)
         mask = np.int32(2047 if shift == 20 else 1023)
+        b = np.int32(0)
         for i in range(n):
-            counts[(bits[i] >> shift) & mask] += 1
-        b, rank = _bin_of_rank(counts, rank)
+            digit = (bits[i] >> shift) & mask
+            counts[digit] += 1
+            b = max(b, digit)
+        while rank > counts[b]:
+            rank -= counts[b]
+            b -= 1
         kept = 0
         for i in range(n):
             bits[kept] = bits[i]
             kept += ((bits[i] >> shift) & mask) == b
         n = kept
+        if n == 1:
+            break
+        counts[:1024] = 0
     return bits[0]
 
 
