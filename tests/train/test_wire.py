@@ -2,6 +2,7 @@
 
 import tracemalloc
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,18 @@ def test_adding_equals_dense_arithmetic_bit_for_bit(overwrite: bool) -> None:
     assert [head.num_values for head in heads] == [sum(len(t.indices) for t in tensors)] * 3
     for dense, grad in zip(expected, grads, strict=True):
         assert torch.equal(dense, grad)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_other_devices_add_the_same(overwrite: bool) -> None:
+    """Where the gradients are not on the CPU, torch adds; here it is given CPU tensors."""
+    numels, scales = (40_000, 1, 7), np.array([0.5, 3.0, 0.1], np.float32)
+    messages = [wire.encode([sparse(n, n // 7 + 1, rank) for n in numels], 3) for rank in range(2)]
+    expected, grads = ([torch.ones(n) for n in numels] for _ in range(2))
+    decoded = [wire._decode(message.numpy(), numels) for message in messages]
+    wire._add_on_device_(decoded, grads, scales, overwrite)
+    wire._add_(messages, expected, scales.tolist(), overwrite=overwrite)
+    assert all(torch.equal(a, b) for a, b in zip(expected, grads, strict=True))
 
 
 def test_no_message_and_no_tensor() -> None:
@@ -197,6 +210,22 @@ GOLDEN = {
 @pytest.mark.parametrize("bits", VALUE_BITS)
 def test_golden_bytes(bits: int) -> None:
     assert bytes_of(wire.encode([EXAMPLE], bits)) == bytes.fromhex(GOLDEN[bits])
+
+
+def test_the_document_shows_these_bytes() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "wire.md").read_text()
+    shown = "".join(
+        line for line in text.splitlines() if line.startswith("    44 47 43")
+    ) + "".join(line for line in text.splitlines() if line.startswith("    83 7c"))
+    assert bytes.fromhex(shown) == bytes.fromhex(GOLDEN[4])
+    assert [
+        round(v, 3) for v in wire.decode(tensor_of(bytes.fromhex(shown)))[0].values.tolist()
+    ] == [
+        1.0,
+        -1.857,
+        4.0,
+    ]
+    assert wire.max_message_bytes([3000], [3], 4) == 39
 
 
 GOLDEN_SIZES = {
