@@ -86,7 +86,8 @@ class HookState:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        closure = kwargs.get("closure", args[0] if args else None)
+        # torch passes the optimizer itself as the first of `args`.
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._prepare()
             return None
@@ -97,7 +98,8 @@ class HookState:
             self._prepare()
             return loss
 
-        return (closed,), {key: value for key, value in kwargs.items() if key != "closure"}
+        others = {key: value for key, value in kwargs.items() if key != "closure"}
+        return (optimizer, closed), others
 
     def _prepare(self) -> None:
         params = self.inner.params.values()

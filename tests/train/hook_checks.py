@@ -1,0 +1,306 @@
+"""What two gloo ranks check of the DDP hook; run by test_hook.py."""
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import dgc
+from dgc.comm.torch_dist import TorchCommunicator
+from dgc.errors import ConfigError, GradientError
+
+CONFIG = dgc.DGC(density=0.1, warmup_steps=4, bucket_bytes=600)
+SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
+
+
+class Net(nn.Module):
+    """Layers used in another order than they are defined in, one of them only sometimes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.last = nn.Linear(8, 3)
+        self.first = nn.Linear(6, 8)
+        self.extra = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, extra: bool = True) -> Tensor:
+        x = self.first(x).tanh()
+        return self.last(self.extra(x) if extra else x)
+
+
+def data(step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
+    return torch.randn(5, 6, generator=generator)
+
+
+def ddp_of(model: nn.Module, **options: Any) -> DDP:
+    return DDP(model, bucket_cap_mb=0.0005, **options)
+
+
+def same(a: nn.Module, b: nn.Module) -> None:
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def same_memory(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a["memory"].keys() == b["memory"].keys()
+    for name, states in a["memory"].items():
+        for key, tensor in states.items():
+            assert torch.equal(tensor, b["memory"][name][key]), (name, key)
+
+
+def same_on_all_ranks(model: nn.Module) -> None:
+    flat = torch.cat([p.detach().float().view(-1) for p in model.parameters()])
+    both = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(both, flat)
+    assert all(torch.equal(flat, other) for other in both)
+
+
+def train_pair(
+    config: dgc.DGC | dgc.Dense,
+    *,
+    steps: int = 6,
+    passes: int = 1,
+    extra: Any = lambda step: True,
+    options: dict[str, Any] | None = None,
+    dtypes: dict[str, torch.dtype] | None = None,
+) -> tuple[dgc.DistributedOptimizer, Any]:
+    """Train one net through DDP and one through DistributedOptimizer; they must stay the same."""
+    one, two = Net(), Net()
+    for name, dtype in (dtypes or {}).items():
+        for net in (one, two):
+            getattr(net, name).to(dtype)
+            getattr(net, name).register_forward_pre_hook(lambda m, a: (a[0].to(m.weight.dtype),))
+            getattr(net, name).register_forward_hook(lambda m, a, out: out.float())
+    ddp = ddp_of(one, **(options or {}))
+    mine, theirs = (
+        torch.optim.SGD(one.parameters(), **SGD),
+        torch.optim.SGD(two.parameters(), **SGD),
+    )
+    state = dgc.register(ddp, mine, config)
+    wrapped = dgc.DistributedOptimizer(theirs, two.named_parameters(), config, TorchCommunicator())
+    for step in range(steps):
+        for model, optimizer, no_sync in (
+            (ddp, mine, ddp.no_sync),
+            (two, wrapped, wrapped.no_sync),
+        ):
+            optimizer.zero_grad()
+            for each in range(passes):
+                with no_sync() if each + 1 < passes else nullcontext():
+                    model(data(passes * step + each), extra(step)).square().mean().backward()
+            optimizer.step()
+        same(one, two)
+    same_memory(state.state_dict(), wrapped.state_dict())
+    same_on_all_ranks(one)
+    return wrapped, state
+
+
+def equals_the_optimizer() -> None:
+    train_pair(CONFIG)
+    train_pair(CONFIG, options={"gradient_as_bucket_view": True})
+    train_pair(CONFIG, options={"static_graph": True})
+    train_pair(CONFIG, passes=3)
+    train_pair(dgc.DGC.paper(warmup_steps=4, density=0.1, clip_norm=0.5))
+    train_pair(dgc.DGC(density=0.1, exclude=("*.bias",)))
+
+
+def equals_the_optimizer_in_mixed_dtypes() -> None:
+    train_pair(CONFIG, dtypes={"extra": torch.bfloat16, "last": torch.float16})
+
+
+def equals_the_optimizer_with_unused_parameters() -> None:
+    unused = {"find_unused_parameters": True}
+    on_rank_0 = dist.get_rank() == 0
+    train_pair(CONFIG, options=unused, extra=lambda step: step in (0, 3))
+    train_pair(CONFIG, options=unused, extra=lambda step: on_rank_0)
+    train_pair(CONFIG, options={"static_graph": True}, extra=lambda step: False)
+
+
+def dense_equals_ddp() -> None:
+    one, two = Net(), Net()
+    plain, hooked = DDP(one), DDP(two)
+    optimizers = [torch.optim.SGD(net.parameters(), **SGD) for net in (one, two)]
+    dgc.register(hooked, optimizers[1], dgc.Dense())
+    for step in range(4):
+        for model, optimizer in zip((plain, hooked), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(data(step)).square().mean().backward()
+            optimizer.step()
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def keeps_mass_of_unused_parameters() -> None:
+    ddp = ddp_of(Net(), find_unused_parameters=True)
+    sgd = torch.optim.SGD(ddp.parameters(), **SGD)
+    state = dgc.register(ddp, sgd, CONFIG)
+    for step in range(3):
+        before = state.state_dict()["memory"]["extra.weight"]
+        sgd.zero_grad()
+        ddp(data(step), step == 0).square().mean().backward()
+        sgd.step()
+        after = state.state_dict()["memory"]["extra.weight"]
+        assert torch.equal(before["v"], after["v"]) == (step > 0)
+
+
+def joins_uneven_inputs() -> None:
+    ddp = ddp_of(Net())
+    sgd = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9)
+    state = dgc.register(ddp, sgd, CONFIG)
+    with ddp.join():
+        for step in range(3 + 2 * dist.get_rank()):
+            sgd.zero_grad()
+            ddp(data(step)).square().mean().backward()
+            sgd.step()
+    assert state.stats()["steps"] == 5
+    same_on_all_ranks(ddp)
+
+
+def compiles() -> None:
+    one, two = Net(), Net()
+    models = [DDP(one), torch.compile(DDP(two), backend="aot_eager")]
+    for net, model in zip((one, two), models, strict=True):
+        sgd = torch.optim.SGD(net.parameters(), **SGD)
+        state = dgc.register(model, sgd, CONFIG)
+        for step in range(5):
+            sgd.zero_grad()
+            model(data(step)).square().mean().backward()
+            sgd.step()
+        assert state.stats()["steps"] == 5
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def notices_a_missing_zero_grad() -> None:
+    ddp = ddp_of(Net())
+    sgd = torch.optim.SGD(ddp.parameters(), **SGD)
+    dgc.register(ddp, sgd, CONFIG)
+    for step, set_to_none in enumerate((True, False)):
+        sgd.zero_grad(set_to_none)
+        ddp(data(step)).square().mean().backward()
+        sgd.step()
+    with pytest.raises(GradientError, match="zero_grad"):
+        ddp(data(2)).square().mean().backward()
+
+
+def notices_a_step_without_exchange() -> None:
+    ddp = ddp_of(Net())
+    sgd = torch.optim.SGD(ddp.parameters(), **SGD)
+    dgc.register(ddp, sgd, CONFIG)
+    with ddp.no_sync():
+        ddp(data(0)).square().mean().backward()
+    with pytest.raises(GradientError, match="no_sync"):
+        sgd.step()
+
+
+def skips_together() -> None:
+    ddp = ddp_of(Net())
+    sgd = torch.optim.SGD(ddp.parameters(), **SGD)
+    state = dgc.register(ddp, sgd, CONFIG)
+    for step in range(4):
+        params = [p.detach().clone() for p in ddp.parameters()]
+        memory = copy.deepcopy(state.state_dict()["memory"])
+        bad = step == 2 and dist.get_rank() == 1
+        sgd.zero_grad()
+        (ddp(data(step)).square().mean() * (torch.inf if bad else 1)).backward()
+        sgd.step()
+        if step == 2:
+            after = state.state_dict()["memory"]
+            assert all(map(torch.equal, params, ddp.parameters()))
+            for name, states in after.items():
+                for key, tensor in states.items():
+                    assert tensor.isfinite().all()
+                    assert not bad or torch.equal(tensor, memory[name][key])
+    assert state.stats()["skipped_steps"] == 1
+    same_on_all_ranks(ddp)
+
+
+def resumes_bit_for_bit() -> None:
+    ddp = ddp_of(Net())
+    sgd = torch.optim.SGD(ddp.parameters(), **SGD)
+    state = dgc.register(ddp, sgd, CONFIG)
+    wrapped, twin = None, Net()
+    for step in range(6):
+        if step == 3:  # go on in the other wrapper: the format is the same
+            twin.load_state_dict(ddp.module.state_dict())
+            theirs = torch.optim.SGD(twin.parameters(), **SGD)
+            wrapped = dgc.DistributedOptimizer(
+                theirs, twin.named_parameters(), CONFIG, TorchCommunicator()
+            )
+            wrapped.load_state_dict({**state.state_dict(), "optimizer": sgd.state_dict()})
+        for model, optimizer in ((ddp, sgd), (twin, wrapped)):
+            if optimizer is not None:
+                optimizer.zero_grad()
+                model(data(step)).square().mean().backward()
+                optimizer.step()
+    same(ddp.module, twin)
+
+
+def takes_a_closure() -> None:
+    nets = [Net(), Net()]
+    for net, with_closure in zip(nets, (False, True), strict=True):
+        ddp = ddp_of(net)
+        sgd = torch.optim.SGD(net.parameters(), **SGD)
+        dgc.register(ddp, sgd, CONFIG)
+        for step in range(3):
+
+            def closure(ddp: DDP = ddp, sgd: Any = sgd, step: int = step) -> Tensor:
+                sgd.zero_grad()
+                loss = ddp(data(step)).square().mean()
+                loss.backward()
+                return loss
+
+            if with_closure:
+                assert sgd.step(closure) > 0
+            else:
+                closure()
+                sgd.step()
+    same(*nets)
+
+
+def refuses() -> None:
+    def sgd_of(net: nn.Module) -> torch.optim.SGD:
+        return torch.optim.SGD(net.parameters(), **SGD)
+
+    ddp = DDP(Net())
+    dgc.register(ddp, sgd_of(ddp))
+    with pytest.raises(ConfigError, match="has a communication hook already"):
+        dgc.register(ddp, sgd_of(ddp))
+    ddp = DDP(Net())
+    ddp._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
+    with pytest.raises(ConfigError, match="a built-in one"):
+        dgc.register(ddp, sgd_of(ddp))
+    ddp = DDP(Net())
+    with pytest.raises(ConfigError, match="does not train"):
+        dgc.register(ddp, sgd_of(ddp.module.last))
+    with pytest.raises(ConfigError, match=r"momentum_correction=False"):
+        dgc.register(ddp, torch.optim.Adam(ddp.parameters()))
+    optimizer = dgc.DistributedOptimizer(
+        sgd_of(ddp.module), ddp.module.named_parameters(), CONFIG, TorchCommunicator()
+    )
+    with pytest.raises(ConfigError, match="applies momentum itself"):
+        dgc.register(ddp, optimizer)
+    with pytest.raises(ConfigError, match="different configurations"):
+        dgc.register(ddp, sgd_of(ddp), dgc.DGC(density=0.1 / (1 + dist.get_rank())))
+
+
+CHECKS = [
+    equals_the_optimizer,
+    equals_the_optimizer_in_mixed_dtypes,
+    equals_the_optimizer_with_unused_parameters,
+    dense_equals_ddp,
+    keeps_mass_of_unused_parameters,
+    joins_uneven_inputs,
+    notices_a_missing_zero_grad,
+    notices_a_step_without_exchange,
+    skips_together,
+    resumes_bit_for_bit,
+    takes_a_closure,
+    refuses,
+    compiles,
+]
