@@ -11,7 +11,7 @@ from torch import nn
 import dgc
 from dgc.errors import ConfigError, StateError
 from dgc.train import checkpoint
-from tests.ranks import run_processes
+from tests.processes import run_processes
 from tests.threads import ThreadCommunicator, run_ranks
 from tests.train import checkpoint_checks as checks
 from tests.workers import Toy, train, wrap

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import run_processes
+from tests.processes import run_processes
 from tests.train import amp_checks, hook_checks
 
 CHECKS = [*hook_checks.CHECKS, *amp_checks.CHECKS]
