@@ -1,9 +1,9 @@
 """What does finding the k largest of 25,557,032 cost, and is it the right k?
 
-    python -m benchmarks.bench_select [--rounds 9] [--steps 200]
+    python -m benchmarks.bench_select [--rounds 9] [--steps 200] [--quality-numel 25557032]
 
 Times: one tensor of Laplace-distributed values, density 0.001, all rows called in turn, medians.
-Quality: `benchmarks.quality` at full size. The dense row is the pass that training makes anyway.
+Quality: `benchmarks.quality`. The dense row is the pass that training makes anyway.
 """
 
 import argparse
@@ -80,12 +80,12 @@ def timed(rounds: int) -> list[dict[str, object]]:
     ]
 
 
-def judged(steps: int) -> list[dict[str, object]]:
+def judged(numel: int, steps: int) -> list[dict[str, object]]:
     found = []
     for name, selector in SELECTORS.items():
         if name == "exact":  # bit for bit what the threshold selects, as the tests hold
             continue
-        for measure, value in run(selector, NUMEL, steps).row().items():
+        for measure, value in run(selector, numel, steps).row().items():
             sign, limit = LIMITS[measure]
             row = {"selector": name, "measure": measure, "value": value}
             # Chunks are chosen for their fixed size; only top-k selectors are held to its limits.
@@ -97,15 +97,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=200, help="0 leaves the quality out")
+    parser.add_argument("--quality-numel", type=int, default=NUMEL)
     parser.add_argument("--save", default="select_cpu2_2026-11-23")
     arguments = parser.parse_args()
     print(setup())
     times = timed(arguments.rounds)
     print(table(times))
-    quality = judged(arguments.steps) if arguments.steps else []
+    quality = judged(arguments.quality_numel, arguments.steps) if arguments.steps else []
     if quality:
         print(table(quality))
-    print(save(arguments.save, {"times": times, "quality": quality, "steps": arguments.steps}))
+    judged_on = {"steps": arguments.steps, "quality_numel": arguments.quality_numel}
+    print(save(arguments.save, {"times": times, "quality": quality, **judged_on}))
 
 
 if __name__ == "__main__":
