@@ -5,6 +5,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Its functions take the default group as a default argument. Imported after the group was made (by
+# torch.compile, or by any torch optimizer) they would keep it, and its threads, alive past the end.
+import torch.distributed.nn.functional
 from torch import Tensor
 
 from dgc.comm.base import Communicator, Handle, SelfCommunicator, exchange_sizes
