@@ -3,22 +3,26 @@
 Zero is not in a codebook: it is the value of the weights that were pruned and stays exactly zero.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dgc.core.entropy import count_symbols
 from dgc.errors import ConfigError, MissingPackageError
 
-EXACT_WORK = 1 << 24
-"""k-means is exact where values × levels is at most this (seconds); larger inputs are reduced to
-means of equal-sized runs of the sorted values first, and every value takes part in the updates."""
+EXACT_WORK = 1 << 22
+"""k-means is exact where values × levels is at most this, about a second; above it levels are optimal
+for `COARSE_RUNS` means of equal runs of the sorted values, then improved on `FINE_RUNS` of them."""
+COARSE_RUNS = 1 << 12
+FINE_RUNS = 1 << 18
+CHUNK = 1 << 20
+"""Large tensors are handled this many elements at a time, to bound the memory for temporaries."""
 
 
 def kmeans_levels(values: Tensor, k: int) -> Tensor:
     """At most `k` levels, float64 ascending, that minimise Σ (value − nearest level)².
 
-    Globally optimal, by dynamic programming over the sorted values, up to `EXACT_WORK`; beyond it
-    optimal for run means and then improved by Lloyd's iterations on all values.
+    Globally optimal, by dynamic programming over the sorted values, up to `EXACT_WORK`.
 
     Args:
         values: floating point, any shape, at least one.
@@ -31,16 +35,20 @@ def kmeans_levels(values: Tensor, k: int) -> Tensor:
     Source: Wu, *Optimal Quantization by Matrix Searching*, J. Algorithms 1991.
     """
     flat = values.detach().reshape(-1).to("cpu", torch.float32)
-    distinct = flat.unique() if flat.numel() <= 1 << 20 else flat
+    distinct = flat.unique() if flat.numel() <= CHUNK else flat
     if distinct.numel() <= k:
         return distinct.double()
-    runs = max(4 * k, EXACT_WORK // (4 * k))
     if flat.numel() * k <= EXACT_WORK:
         return _solve(flat, k)
-    spread = flat.sort().values
-    length = -(-spread.numel() // runs)
-    whole = spread[: spread.numel() // length * length].view(-1, length).mean(1)
-    return lloyd(flat, _solve(whole, k), iterations=5)
+    fine = _run_means(torch.from_numpy(np.sort(flat.numpy())), FINE_RUNS)
+    return lloyd(fine, _solve(_run_means(fine, COARSE_RUNS), k))
+
+
+def _run_means(ordered: Tensor, runs: int) -> Tensor:
+    """Means of `runs` runs, or a few less, of equal length; what is left over at the end is not
+    enough for a run."""
+    length = max(1, ordered.numel() // runs)
+    return ordered[: ordered.numel() // length * length].view(-1, length).mean(1)
 
 
 def _solve(values: Tensor, k: int) -> Tensor:
@@ -94,10 +102,15 @@ def lloyd(values: Tensor, levels: Tensor, iterations: int = 100) -> Tensor:
         >>> lloyd(torch.tensor([0.0, 1.0, 9.0]), torch.tensor([0.0, 5.0])).tolist()
         [0.5, 9.0]
     """
-    flat = values.detach().reshape(-1).cpu()
+    ordered = values.detach().reshape(-1).double().cpu().sort().values
+    sums = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
     levels = levels.double()
     for _ in range(iterations):
-        moved = _means(flat, nearest(flat, levels), levels)
+        # A level's members are a run of the sorted values, so their sum is one difference.
+        cuts = torch.searchsorted(ordered, (levels[1:] + levels[:-1]) / 2)
+        edges = torch.cat([cuts.new_zeros(1), cuts, cuts.new_tensor([ordered.numel()])])
+        counts = edges.diff()
+        moved = torch.where(counts > 0, sums[edges].diff() / counts.clamp(min=1), levels)
         if torch.equal(moved, levels):
             break
         levels = moved
@@ -107,7 +120,7 @@ def lloyd(values: Tensor, levels: Tensor, iterations: int = 100) -> Tensor:
 def _means(values: Tensor, codes: Tensor, levels: Tensor) -> Tensor:
     """The mean of the values with each code; a level that has none stays."""
     sums, counts = torch.zeros_like(levels), torch.zeros_like(levels)
-    for part, code in zip(values.split(1 << 20), codes.split(1 << 20), strict=True):
+    for part, code in zip(values.split(CHUNK), codes.split(CHUNK), strict=True):
         sums.index_add_(0, code.int(), part.double())
         counts += torch.bincount(code.int(), minlength=levels.numel())
     return torch.where(counts > 0, sums / counts.clamp(min=1), levels)
@@ -131,9 +144,22 @@ def _cut(values: Tensor, thresholds: Tensor, labels: Tensor) -> Tensor:
     flat = values.detach().reshape(-1)
     thresholds, labels = thresholds.to(values.device), labels.to(values.device, torch.uint8)
     out = torch.empty(flat.numel(), dtype=torch.uint8, device=values.device)
-    for part, into in zip(flat.split(1 << 20), out.split(1 << 20), strict=True):
+    for part, into in zip(flat.split(CHUNK), out.split(CHUNK), strict=True):
         into.copy_(labels[torch.bucketize(part.double(), thresholds, out_int32=True)])
     return out.view(values.shape)
+
+
+def lookup(codes: Tensor, table: Tensor) -> Tensor:
+    """`table[codes]`, shaped as integer `codes`.
+
+    Example:
+        >>> lookup(torch.tensor([2, 0], dtype=torch.uint8), torch.tensor([0.0, 5.0, 7.0])).tolist()
+        [7.0, 0.0]
+    """
+    out = table.new_empty(codes.numel())
+    for part, into in zip(codes.reshape(-1).split(CHUNK), out.split(CHUNK), strict=True):
+        into.copy_(table[part.int()])
+    return out.view(codes.shape)
 
 
 def penalised(values: Tensor, levels: Tensor, bits: Tensor, price: float) -> Tensor:
@@ -228,4 +254,4 @@ def _compact(levels: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Drop the levels without members and number the rest upwards."""
     used = torch.tensor(count_symbols(codes, levels.numel() + 1))[1:] > 0
     number = torch.cat([torch.zeros(1, dtype=torch.int64), used.cumsum(0) * used])
-    return levels[used], number.to(torch.uint8)[codes.int()]
+    return levels[used], lookup(codes, number.to(torch.uint8))

@@ -18,6 +18,7 @@ from dgc.errors import FileError
 MAX_CODE_BITS = 15
 """Longest Huffman code, so that a length fits four bits and a decoding table 2^15 entries."""
 
+_CHUNK = 1 << 20
 _CHUNK_BYTES = 1 << 17  # Huffman decoding looks at this many bytes at a time
 
 Array = npt.NDArray[Any]
@@ -30,7 +31,10 @@ def count_symbols(symbols: Tensor, alphabet: int) -> list[int]:
         >>> count_symbols(torch.tensor([0, 2, 2]), 4)
         [1, 0, 2, 0]
     """
-    return [int(c) for c in torch.bincount(symbols.reshape(-1).int(), minlength=alphabet)]
+    counts = torch.zeros(alphabet, dtype=torch.int64)
+    for part in symbols.reshape(-1).split(_CHUNK):  # bincount makes an int64 copy
+        counts += torch.bincount(part.int(), minlength=alphabet).cpu()
+    return [int(c) for c in counts]
 
 
 def entropy_bits(counts: list[int]) -> float:
@@ -101,7 +105,8 @@ def encode_ans(symbols: Tensor, table: bytes) -> bytes:
     array = symbols.reshape(-1).to("cpu", torch.int32).numpy()
     if array.size == 0:
         return b""
-    if array.min() < 0 or array.max() >= len(table) or 0 in {table[s] for s in np.unique(array)}:
+    lacking = [s for s, b in enumerate(table) if b == 0]
+    if array.min() < 0 or array.max() >= len(table) or any((array == s).any() for s in lacking):
         raise ValueError("a symbol has no count in the table: count the symbols that are encoded")
     if sum(b > 0 for b in table) == 1:
         return b""
@@ -139,7 +144,7 @@ def decode_ans(code: bytes, count: int, table: bytes) -> Tensor:
     if not coder.is_empty():
         raise FileError("ANS code has bits left over: the file is damaged")
     result = torch.from_numpy(symbols.astype(np.uint8))
-    if not set(np.unique(symbols).tolist()) <= set(used):
+    if any((symbols == s).any() for s, b in enumerate(table) if b == 0):
         raise FileError("ANS code holds a symbol of count zero: the file is damaged")
     return result
 

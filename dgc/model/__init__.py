@@ -13,10 +13,13 @@ from dgc.model.prune import (
     prune_by_std,
     prune_iteratively,
 )
+from dgc.model.report import Report, Row
 from dgc.model.sensitivity import Sensitivity, sensitivity
 from dgc.model.share import share
 
 __all__ = [
+    "Report",
+    "Row",
     "Sensitivity",
     "cubic_density",
     "densities",

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dgc.core.codebook import CHUNK, lookup, nearest
+from dgc.core.entropy import count_symbols
 from dgc.errors import ConfigError, FileError, StateError
 from dgc.model import container, report
 from dgc.model.bytes import Reader
@@ -132,33 +134,40 @@ def to_layer(tensor: Tensor, half: bool) -> Layer | None:
     if tensor.dtype not in DTYPES or tensor.numel() < MIN_CODED_NUMEL:
         return None
     flat = tensor.detach().reshape(-1)
-    if flat[:4096].unique().numel() <= 256:
-        levels: Tensor = flat.unique()
-        levels = levels[levels != 0]
-        few = levels.numel() <= min(255, flat.numel() // 4)
-        if few and bool(levels.isfinite().all()):
-            return _shared_layer(tensor, levels, half)
+    levels = _few_values(flat, min(255, flat.numel() // 4))
+    if levels is not None and bool(levels.isfinite().all()):
+        return _shared_layer(tensor, levels, half)
     density = float(flat.count_nonzero()) / flat.numel()
     if density > MAX_CODED_DENSITY:
         return None
     return Layer((tensor != 0).to(torch.uint8), flat[flat != 0], literal=True)
 
 
+def _few_values(flat: Tensor, limit: int) -> Tensor | None:
+    """The distinct values but zero, ascending, if there are at most `limit`."""
+    found = flat[:0]
+    for size in (4096, CHUNK):  # a glance at the start settles it for most
+        for part in flat.split(size)[: 1 if size == 4096 else None]:
+            found = torch.cat([found, part]).unique()
+            if found.numel() > limit + 1:
+                return None
+    found = found[found != 0]
+    return found if found.numel() <= limit else None
+
+
 def _shared_layer(tensor: Tensor, levels: Tensor, half: bool) -> Layer:
     """Codes in order of falling frequency, so that layers' tables resemble each other."""
     values = torch.cat([levels[levels < 0], levels.new_zeros(1), levels[levels > 0]])
     flat = tensor.detach().reshape(-1)
-    place = torch.empty(flat.numel(), dtype=torch.uint8)
-    for into, part in zip(place.split(1 << 20), flat.split(1 << 20), strict=True):
-        into.copy_(torch.bucketize(part.contiguous(), values, out_int32=True))
-    counts = torch.bincount(place, minlength=values.numel())
+    place = nearest(flat, values.double())
+    counts = torch.tensor(count_symbols(place, values.numel()))
     zero = int((levels < 0).sum())
     counts[zero] = flat.numel() + 1  # code 0, however rare
     order = counts.argsort(descending=True, stable=True)
     code = torch.empty_like(order)
     code[order] = torch.arange(order.numel())
     halved = half and bool(levels.to(torch.float16).isfinite().all())
-    codes = code.to(torch.uint8)[place.int()].view(tensor.shape)
+    codes = lookup(place, code.to(torch.uint8)).view(tensor.shape)
     return Layer(codes, values[order[1:]], half=halved)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dgc.core import entropy
+from dgc.core.codebook import lookup
 from dgc.errors import FileError
 from dgc.model.bytes import Reader, varint
 
@@ -47,10 +48,7 @@ class Layer:
             dense[self.codes != 0] = self.levels
             return dense
         table = torch.cat([self.levels.new_zeros(1), self.levels])
-        out = self.levels.new_empty(self.codes.numel())
-        for into, part in zip(out.split(1 << 20), self.codes.view(-1).split(1 << 20), strict=True):
-            into.copy_(table[part.int()])
-        return out.view(self.codes.shape)
+        return lookup(self.codes, table)
 
 
 class Coder(Protocol):

@@ -121,7 +121,7 @@ def _fixed_bytes(codes: Tensor, width: int, zeros: int) -> int:
     """Bytes with gaps of the best fixed width, fillers included, or without gaps if that is less."""
     at = codes.reshape(-1).nonzero().squeeze(1)
     best = codes.numel() * width
-    if zeros:
+    if zeros > codes.numel() // 20:
         runs = torch.diff(at, prepend=at.new_tensor([-1])) - 1
         for gap_bits in range(1, 17):
             entries = runs.numel() + int((runs // 2**gap_bits).sum())

@@ -41,23 +41,31 @@ class Shared(Constraint):
         )
         sums.index_add_(0, codes, grad.reshape(-1).to(sums.dtype))
         sums[0] = 0
-        return sums.to(grad.dtype)[codes].view_as(grad)
+        return codebook.lookup(buffer, sums.to(grad.dtype)).view_as(grad)
 
     def project_(self, buffer: Tensor, values: Tensor) -> None:
-        codes, flat = buffer.reshape(-1).int(), values.reshape(-1)
+        codes, flat = buffer.reshape(-1), values.reshape(-1)
         levels = levels_of(codes, flat)
         # The mean difference from one member is exactly zero when all agree, so that projecting
         # twice changes no bit; it is not when an optimizer's older momentum moved them apart.
-        sums = levels.new_zeros(256).index_add_(0, codes, flat - levels[codes])
-        means = levels + sums / torch.bincount(codes, minlength=256).clamp(min=1).to(sums.dtype)
+        sums, counts = levels.new_zeros(256), levels.new_zeros(256)
+        for part, value in zip(
+            codes.split(codebook.CHUNK), flat.split(codebook.CHUNK), strict=True
+        ):
+            code = part.int()
+            sums.index_add_(0, code, value - levels[code])
+            counts += torch.bincount(code, minlength=256).to(counts.dtype)
+        means = levels + sums / counts.clamp(min=1)
         means[0] = 0
-        values.copy_(means[codes].view_as(values))
+        values.copy_(codebook.lookup(buffer, means))
 
 
 def levels_of(codes: Tensor, values: Tensor) -> Tensor:
     """The value of some member of each code, `[256]`; zero for code 0 and codes without members."""
     levels = values.new_zeros(256)
-    levels[codes.reshape(-1).int()] = values.reshape(-1)
+    parts = zip(codes.split(codebook.CHUNK), values.split(codebook.CHUNK), strict=True)
+    for code, value in parts:
+        levels[code.int()] = value
     levels[0] = 0
     return levels
 
@@ -110,7 +118,7 @@ def share(
             raise ConfigError(f"bits of {name} is {width}: give 1 to 8")
         weight = module.get_parameter(own).detach()
         codes, levels = quantise(weight, width, init, _penalty_of(penalty, name))
-        weight.copy_(levels.to(weight.dtype)[codes.int()].view_as(weight))
+        weight.copy_(codebook.lookup(codes, levels.to(weight.dtype)))
         Shared(own).install(module, codes)
     bind_root(model)
     return model
@@ -125,7 +133,7 @@ def _penalty_of(penalty: float | dict[str, float], name: str) -> float:
 def quantise(weight: Tensor, bits: int, init: str, penalty: float) -> tuple[Tensor, Tensor]:
     """Codes, uint8 shaped as `weight`, and the value of each code, `[256]`, on its device."""
     alive = weight != 0
-    values = weight[alive]
+    values = weight.reshape(-1) if bool(alive.all()) else weight[alive]
     codes = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
     table = torch.zeros(256, dtype=torch.float64, device=weight.device)
     if values.numel():
@@ -133,6 +141,6 @@ def quantise(weight: Tensor, bits: int, init: str, penalty: float) -> tuple[Tens
         start = start[start != 0].unique()
         zeros = weight.numel() - values.numel()
         levels, chosen = codebook.entropy_codes(values.cpu(), start, zeros, penalty)
-        codes[alive] = chosen.to(weight.device)
+        codes[alive] = chosen.reshape(-1).to(weight.device)
         table[1 : 1 + levels.numel()] = levels.to(weight.device)
     return codes, table

@@ -49,7 +49,9 @@ def test_the_result_is_what_prune_takes() -> None:
     model = make()
     x = torch.randn(50, 20)
     target = model(x).detach()
-    found = sensitivity(model, lambda m: -float((m(x) - target).square().mean()), budget=0.3)
+    found = sensitivity(
+        model, lambda m: -float((m(x) - target).detach().square().mean()), budget=0.3
+    )
     prune(model, density=found)
     kept = sum(int((model[i].weight != 0).sum()) for i in (0, 2))
     assert kept == pytest.approx(0.3 * 750, abs=2)
