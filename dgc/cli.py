@@ -24,9 +24,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dgc", description="Compressed gradients and models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_compress, _add_inspect, _add_export):
+    for add in (_add_bench, _add_compress, _add_inspect, _add_export):
         add(commands)
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    command = commands.add_parser(
+        "bench", help="time dense, 16-bit and compressed exchange on this job's ranks"
+    )
+    command.add_argument(
+        "model", help="safetensors file, MODULE:FUNCTION returning an nn.Module, or element count"
+    )
+    command.add_argument("--density", type=float, default=0.001, help="share sent [0.001]")
+    command.add_argument("--value-bits", type=int, default=4, help="bits of a sent value [4]")
+    command.add_argument("--bucket-mib", type=float, default=25.0, help="MiB a bucket [25]")
+    command.add_argument("--repeats", type=int, default=5, help="timed exchanges a bucket [5]")
+    command.add_argument("--backend", default="auto", help="as in dgc.init [auto]")
+    command.set_defaults(run=_bench)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from dgc.bench import bench
+    from dgc.comm.runtime import init
+    from dgc.config import DGC
+
+    config = DGC(
+        density=options.density,
+        value_bits=options.value_bits,
+        bucket_bytes=int(options.bucket_mib * 2**20),
+    )
+    with init(options.backend) as runtime:
+        table = bench(options.model, config, runtime.comm, runtime.device, options.repeats)
+        if runtime.rank == 0:
+            print(table)
 
 
 def _add_compress(commands: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.profiler import record_function
 
 from dgc.comm.base import Communicator, Handle
 from dgc.config import DGC, Compression, Dense
@@ -192,12 +193,13 @@ class Reducer:
     def _receive(self, index: int) -> Arrival:
         bucket, names = self.buckets[index], self.names[index]
         handle, rows = self._started[index]
-        with self._timed("exchange_seconds"):
+        with self._timed("exchange_seconds"), record_function("dgc::exchange"):
             gathered = handle.wait()
         with self._timed("compress_seconds"):
             grads = [self._grad(name) for name in names]
             dense = [g.to(torch.float32).contiguous() for g in grads]
-            arrival = bucket.receive_(gathered, dense, rows)
+            with record_function("dgc::decode"):
+                arrival = bucket.receive_(gathered, dense, rows)
             for grad, mean in zip(grads, dense, strict=True):
                 if grad is not mean:
                     grad.copy_(mean)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from dgc.config import DGC
 from dgc.core import SparseBatch, num_selected
@@ -53,12 +54,14 @@ def send_(
     """
     config: DGC = memory.config
     counts, message_bytes = message_plan(memory.layout.numels, density, config.value_bits)
-    finite, batch = config.selector.accumulate_select_(
-        grads, memory.u, memory.v, memory.layout, update, counts, memory.thresholds
-    )
-    message, values = wire.encode_batch(
-        batch, config.value_bits, message_bytes=message_bytes, finite=finite, used=used
-    )
+    with record_function("dgc::select"):
+        finite, batch = config.selector.accumulate_select_(
+            grads, memory.u, memory.v, memory.layout, update, counts, memory.thresholds
+        )
+    with record_function("dgc::encode"):
+        message, values = wire.encode_batch(
+            batch, config.value_bits, message_bytes=message_bytes, finite=finite, used=used
+        )
     return message, Sent(batch, values, memory.release_(batch, values))
 
 
