@@ -5,8 +5,9 @@
 # MPIRUN_FLAGS="--mca btl_tcp_if_include 10.0.0.0/24". With GPUs: one rank a GPU.
 set -euo pipefail
 ranks=$1; shift
-flags=(-np "$ranks" --oversubscribe -x OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}")
+flags=(-np "$ranks" -x OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}")
 [ "$(id -u)" -ne 0 ] || flags+=(--allow-run-as-root)
-[ -z "${HOSTS:-}" ] || flags+=(--host "$HOSTS")
+# On one host any number of ranks may run; on several, --oversubscribe would fill the first.
+if [ -n "${HOSTS:-}" ]; then flags+=(--host "$HOSTS"); else flags+=(--oversubscribe); fi
 # shellcheck disable=SC2086  # several flags are meant to split
 exec mpirun "${flags[@]}" ${MPIRUN_FLAGS:-} "${PYTHON:-python}" "$@"

@@ -16,24 +16,25 @@ needs_namespaces = pytest.mark.skipif(why_not() is not None, reason=str(why_not(
 TOOL = [sys.executable, str(Path(__file__).parents[2] / "launch/emulate_hosts.py")]
 
 # Each rank adds 1 over gloo, and says who and where it is.
-GLOO = """
+GLOO = r"""
 import os, socket, torch, torch.distributed as dist
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 x = torch.ones(1000)
 dist.all_reduce(x)
-print("sum", int(x[-1]), "rank", dist.get_rank(), "local", os.environ["LOCAL_RANK"],
-      "on", socket.gethostname(), flush=True)
+place = f"rank {dist.get_rank()} local {os.environ['LOCAL_RANK']} on {socket.gethostname()}"
+os.write(1, f"sum {int(x[-1])} {place}\n".encode())  # one write: ranks share the pipe
 dist.destroy_process_group()
 """
-MPI = """
+MPI = r"""
 import numpy, os
 from mpi4py import MPI
 x = numpy.ones(100_000, numpy.float32)
 y = numpy.empty_like(x)
 MPI.COMM_WORLD.Allreduce(x, y)
-print("sum", int(y[-1]), "rank", MPI.COMM_WORLD.rank, "local",
-      os.environ["OMPI_COMM_WORLD_LOCAL_RANK"], "on", MPI.Get_processor_name(), flush=True)
+local = os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]
+place = f"rank {MPI.COMM_WORLD.rank} local {local} on {MPI.Get_processor_name()}"
+os.write(1, f"sum {int(y[-1])} {place}\n".encode())
 """
 # Rank 0 takes 4 MB from rank 1 and says how long it took.
 STREAM = """
@@ -53,6 +54,12 @@ else:
             time.sleep(0.01)
     peer.sendall(bytes(4_000_000))
 """
+
+LAUNCHERS = [
+    ("each", "PYTHON={python} HOSTS=2 HOST_INDEX=$NODE_RANK {launch}/torchrun.sh 2", GLOO),
+    ("each", "torchrun", GLOO),  # told by the variables it reads
+    ("head", "PYTHON={python} HOSTS={hosts} {launch}/mpirun.sh 4", MPI),
+]
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +93,17 @@ def test_two_hosts_of_two_ranks(two_hosts: EmulatedHosts, mode: str, code: str) 
 
 
 @needs_namespaces
-def test_torchrun_itself(two_hosts: EmulatedHosts) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--no-python", *python(GLOO)]
-    done = two_hosts.run(command, "each", ranks_per_host=2, timeout=120)
+@pytest.mark.parametrize(("mode", "launcher", "code"), LAUNCHERS)
+def test_the_launch_scripts_run_unchanged(
+    two_hosts: EmulatedHosts, tmp_path: Path, mode: str, launcher: str, code: str
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    places = ",".join(f"{host}:2" for host in two_hosts.hosts)
+    command = launcher.format(launch=Path(TOOL[1]).parent, python=sys.executable, hosts=places)
+    done = two_hosts.run(
+        ["sh", "-c", f"{command} {script}"], mode, ranks_per_host=2, timeout=150, grace=20
+    )
     assert done.returncode == 0, done.stdout
     assert said(done.stdout) == everywhere(two_hosts, 4)
 
