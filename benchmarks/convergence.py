@@ -23,12 +23,12 @@ from ast import literal_eval
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.convergence_table import RESULTS, SETTING, picture, read, table
-from benchmarks.convergence_tasks import TASKS
+from benchmarks.convergence_tasks import TASKS, Task
 from benchmarks.convergence_world import World
 from dgc.config import DGC, Compression, Dense
 from dgc.errors import GradientError
@@ -60,64 +60,83 @@ def _value(text: str) -> Any:
     return literal_eval(text)
 
 
-def run(args: argparse.Namespace, arm: str, seed: int, lr: float) -> dict[str, Any]:
-    """Train one arm once."""
-    task = TASKS[args.task]
-    steps_per_epoch = task.steps(args.workers, args.batch)
-    config, own_lr = parse_arm(arm, steps_per_epoch)
-    lr = own_lr or lr
+class Trained(NamedTuple):
+    """A run's end; `curve` is shorter than the epochs if it diverged."""
+
+    world: World
+    model: torch.nn.Module
+    curve: list[float]
+    steps: int
+    seconds: float
+
+
+def train(
+    task: Task,
+    config: Compression,
+    *,
+    seed: int,
+    workers: int,
+    batch: int,
+    epochs: int,
+    lr: float,
+    schedule: str = "cosine",
+    note: str = "",
+) -> Trained:
+    """Train once; `note` is printed with the progress, if it is not empty."""
     model = task.model(seed)
-    world = World(model, task.optimizer(model, lr), config, args.workers)
-    total, step, curve, start = args.epochs * steps_per_epoch, 0, [], time.perf_counter()
-    diverged = False
-    for epoch in range(args.epochs):
+    world = World(model, task.optimizer(model, lr), config, workers)
+    total, step, start = epochs * task.steps(workers, batch), 0, time.perf_counter()
+    curve: list[float] = []
+    for epoch in range(epochs):
         loss = 0.0
         try:
-            data_seed = 1_000_003 * (seed + 1) + epoch
-            for losses in task.epoch(model, args.workers, args.batch, data_seed):
+            for losses in task.epoch(model, workers, batch, 1_000_003 * (seed + 1) + epoch):
                 for group in world.optimizer.param_groups:
-                    group["lr"] = lr * SCHEDULES[args.schedule](step / total)
+                    group["lr"] = lr * SCHEDULES[schedule](step / total)
                 loss += world.step(losses)
                 step += 1
         except GradientError:
-            diverged = True
             break
         curve.append(round(task.evaluate(model), 4))
-        note = f"{args.task} {arm} seed {seed} epoch {epoch + 1}/{args.epochs}"
-        seconds = time.perf_counter() - start
-        print(
-            f"{note} loss {loss / steps_per_epoch:.4f} {curve[-1]:.3f} {seconds:.0f} s", flush=True
-        )
+        if note:
+            mean, spent = loss / total * epochs, time.perf_counter() - start
+            print(f"{note} epoch {epoch + 1}/{epochs}: loss {mean:.4f}", end=" ")
+            print(f"{task.metric} {curve[-1]:.3f} {spent:.0f} s", flush=True)
+    return Trained(world, model, curve, step, round(time.perf_counter() - start, 1))
+
+
+def run(args: argparse.Namespace, arm: str, seed: int, lr: float) -> dict[str, Any]:
+    """The row of one arm."""
+    task = TASKS[args.task]
+    config, own_lr = parse_arm(arm, task.steps(args.workers, args.batch))
+    setting = {key: getattr(args, key) for key in ("workers", "batch", "epochs", "schedule")}
+    setting |= {"seed": seed, "lr": own_lr or lr}
+    done = train(task, config, **setting, note=f"{args.task} {arm} seed {seed}")
+    diverged = len(done.curve) < args.epochs
     return {
         "task": args.task,
         "arm": arm,
-        "seed": seed,
-        "workers": args.workers,
-        "batch": args.batch,
-        "epochs": args.epochs,
-        "schedule": args.schedule,
-        "lr": lr,
-        "steps": step,
+        **setting,
+        "steps": done.steps,
         "metric": task.metric,
-        "curve": curve,
-        "final": None if diverged else curve[-1],
-        "flushed": None if diverged else round(flushed(world, model, task.evaluate), 4),
+        "curve": done.curve,
+        "final": None if diverged else done.curve[-1],
+        "flushed": None if diverged else round(flushed(done, task), 4),
         "config": config.describe().split("\n"),
-        "stats": world.optimizer.stats(),
-        "seconds": round(time.perf_counter() - start, 1),
+        "stats": done.world.optimizer.stats(),
+        "seconds": done.seconds,
     }
 
 
 @torch.no_grad()
-def flushed(world: World, model: torch.nn.Module, evaluate: Callable[..., float]) -> float:
+def flushed(done: Trained, task: Task) -> float:
     """The result if the mean of all residuals were applied at the end; the model is changed."""
-    config, params = world.optimizer.config, dict(model.named_parameters())
-    scale = 1.0
-    if isinstance(config, DGC) and not config.fold_lr:
-        scale = float(world.optimizer.param_groups[0]["lr"])
-    for name, left in world.residual().items():
+    optimizer, params = done.world.optimizer, dict(done.model.named_parameters())
+    folded = isinstance(optimizer.config, DGC) and optimizer.config.fold_lr
+    scale = 1.0 if folded else float(optimizer.param_groups[0]["lr"])
+    for name, left in done.world.residual().items():
         params[name].sub_(left, alpha=scale)
-    return evaluate(model)
+    return task.evaluate(done.model)
 
 
 def provenance() -> dict[str, str]:

@@ -88,6 +88,48 @@ def _images() -> Data:
     return load()
 
 
+class Teacher:
+    """A perceptron that learns the classes which a random two-layer network gives to random inputs.
+
+    Needs no data and takes seconds: the regression test's task, and a first look at an idea.
+    """
+
+    metric = "accuracy"
+
+    def __init__(self, steps: int = 300) -> None:
+        self._steps = steps
+
+    def model(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
+        )
+
+    def optimizer(self, model: nn.Module, lr: float) -> Optimizer:
+        return SGD(model.parameters(), lr, momentum=0.9)
+
+    def steps(self, workers: int, batch: int) -> int:
+        return self._steps
+
+    def epoch(self, model: nn.Module, workers: int, batch: int, seed: int) -> Iterator[list[Loss]]:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(self._steps):
+            inputs = torch.randn(workers, batch, 16, generator=generator)
+            pairs = zip(inputs, self._classes(inputs), strict=True)
+            yield [lambda x=x, y=y: F.cross_entropy(model(x), y) for x, y in pairs]
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> float:
+        inputs = torch.randn(8192, 16, generator=torch.Generator().manual_seed(1))
+        hits = model(inputs).argmax(1) == self._classes(inputs)
+        return 100 * float(hits.float().mean())
+
+    def _classes(self, inputs: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        first = torch.randn(16, 32, generator=generator) / 4
+        return (torch.relu(inputs @ first) @ torch.randn(32, 10, generator=generator)).argmax(-1)
+
+
 class Text:
     """A byte-level language model on the sources of Python's standard library."""
 
@@ -195,6 +237,7 @@ def _adamw(model: nn.Module, lr: float) -> Optimizer:
 
 
 TASKS: dict[str, Task] = {
+    "teacher": Teacher(),
     "lenet5": Images("lenet5"),
     "lenet300": Images("lenet300"),
     "resnet20": Images("resnet20", nesterov=True),
