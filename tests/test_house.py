@@ -45,7 +45,16 @@ def test_libraries_stay_in_their_rooms() -> None:
 
 
 def test_importing_is_inert() -> None:
-    heavy = "numba triton mpi4py horovod matplotlib tqdm constriction kmeans1d".split()
+    heavy = [
+        "numba",
+        "triton",
+        "mpi4py",
+        "horovod",
+        "matplotlib",
+        "tqdm",
+        "constriction",
+        "kmeans1d",
+    ]
     code = (
         "import sys, torch; before = set(sys.modules); import dgc; "
         f"print([m for m in {heavy} if m in set(sys.modules) - before], torch.cuda.is_initialized())"

@@ -11,7 +11,9 @@ from tests.launching import ROOT, environment
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-SCRIPTS = {code.split("\n")[0].removeprefix("# "): code for kind, code in BLOCKS if kind == "python"}
+SCRIPTS = {
+    code.split("\n")[0].removeprefix("# "): code for kind, code in BLOCKS if kind == "python"
+}
 COMMANDS = [line for kind, code in BLOCKS if kind == "bash" for line in code.splitlines()]
 # This test is a part of what these two run.
 RUNNING = {"make test", "make check"}
