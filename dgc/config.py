@@ -64,6 +64,9 @@ class DGC(Compression):
     density: float = 0.001
     """Share of each parameter's elements that is sent in a step, in (0, 1]."""
 
+    min_selected: int = 1
+    """Elements of a parameter that are sent at least, >= 1, or all if it has fewer."""
+
     value_bits: int = 4
     """Bits of a sent value: 1, 2, 3, 4, 8, 16 or 32. What rounding loses stays in the residual."""
 
@@ -103,6 +106,7 @@ class DGC(Compression):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check("density", self.density, 0 < self.density <= 1, "in (0, 1]")
+        _check("min_selected", self.min_selected, self.min_selected >= 1, "at least 1")
         _check("value_bits", self.value_bits, self.value_bits in VALUE_BITS, f"one of {VALUE_BITS}")
         _check("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
         good = 0 < self.warmup_density <= 1

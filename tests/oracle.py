@@ -86,7 +86,7 @@ class Oracle:
                 u[j] = sgd.momentum * u[j] + gain * x
                 entering = u[j]
             v[j] += rate * entering
-        k = max(1, math.ceil(round(self.density() * len(v), 9)))
+        k = max(config.min_selected, math.ceil(round(self.density() * len(v), 9)))
         order = sorted(range(len(v)), key=lambda j: (-abs(v[j]), j))
         sent = {j: v[j] for j in order[:k]}
         for j in sent:

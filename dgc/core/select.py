@@ -16,15 +16,15 @@ from dgc.core.sparse import Sparse, SparseBatch
 from dgc.errors import ConfigError
 
 
-def num_selected(numel: int, density: float) -> int:
-    """k = max(1, ceil(density · numel)): how many elements are sent at `density` in (0, 1].
+def num_selected(numel: int, density: float, least: int = 1) -> int:
+    """k = max(least, ceil(density · numel)), at most numel: how many elements are sent at `density`.
 
     Example:
-        >>> num_selected(5000, 0.001), num_selected(10, 0.001)
-        (5, 1)
+        >>> num_selected(5000, 0.001), num_selected(10, 0.001), num_selected(10, 0.001, least=16)
+        (5, 1, 10)
     """
     # A product such as 0.001 * 5000 may land one ulp above the integer that is meant.
-    return min(numel, max(1, math.ceil(density * numel * (1 - 1e-12))))
+    return min(numel, max(least, math.ceil(density * numel * (1 - 1e-12))))
 
 
 def select_topk(tensor: Tensor, k: int) -> Sparse:

@@ -36,7 +36,7 @@ def send_(
 
         u ← m·u + c·g                momentum correction, c the clipping scale
         v ← v + lr·u                 local accumulation
-        S ← the k largest |v|        per tensor, k = max(1, ceil(density·numel))
+        S ← the k largest |v|        per tensor, k = max(min_selected, ceil(density·numel))
         q ← Q(v[S])                  value quantiser
         v[S] ← v[S] − q              what quantisation lost stays: error feedback
         u[S] ← 0                     momentum factor masking (optional)
@@ -53,7 +53,7 @@ def send_(
         gradient is not finite, nothing enters and the message says so.
     """
     config: DGC = memory.config
-    counts, message_bytes = message_plan(memory.layout.numels, density, config.value_bits)
+    counts, message_bytes = message_plan(memory.layout.numels, density, config)
     with record_function("dgc::select"):
         finite, batch = config.selector.accumulate_select_(
             grads, memory.u, memory.v, memory.layout, update, counts, memory.thresholds
@@ -70,18 +70,18 @@ def abstain(memory: Memory, density: float) -> tuple[Tensor, Sent]:
     numels, bits = memory.layout.numels, memory.config.value_bits
     none = torch.zeros(0, device=memory.v.device)
     batch = SparseBatch(none.long(), none, (0,) * len(numels), numels)
-    size = message_plan(numels, density, bits)[1]
+    size = message_plan(numels, density, memory.config)[1]
     message, values = wire.encode_batch(batch, bits, message_bytes=size, finite=False)
     return message, Sent(batch, values, None)
 
 
 @lru_cache(maxsize=4096)
 def message_plan(
-    numels: tuple[int, ...], density: float, value_bits: int
+    numels: tuple[int, ...], density: float, config: DGC
 ) -> tuple[tuple[int, ...], int]:
     """How many elements of each tensor are sent, and the size of the message in bytes."""
-    counts = tuple(num_selected(numel, density) for numel in numels)
-    return counts, wire.max_message_bytes(numels, counts, value_bits)
+    counts = tuple(num_selected(numel, density, config.min_selected) for numel in numels)
+    return counts, wire.max_message_bytes(numels, counts, config.value_bits)
 
 
 class Arrival(NamedTuple):

@@ -25,7 +25,9 @@ SGD_OPTIONS = [
 VARIANTS = {
     "default": {},
     "lr outside": {"fold_lr": False},
+    "no masking": {"momentum_masking": False},
     "masking": {"momentum_masking": True},
+    "least": {"min_selected": 3},
     "clipping": {"clip_norm": 3.0},
     "warm-up": {"warmup_steps": 6},
     "no correction": {"momentum_correction": False},
