@@ -1,5 +1,6 @@
 """`Communicator` over a torch.distributed process group (gloo, nccl)."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -47,6 +48,9 @@ class TorchCommunicator:
     def __init__(self, group: dist.ProcessGroup | None = None, *, owner: bool = False) -> None:
         self.group, self.owner = group, owner
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        # A gloo thread that drops the last reference to work launched in a backward pass needs the
+        # interpreter, and ends the process (SIGABRT) if that is already shutting down: keep the last.
+        self._works: deque[Any] = deque(maxlen=4)
         uses_nccl = dist.get_backend(group) == "nccl"
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if uses_nccl else torch.device("cpu")
@@ -56,17 +60,21 @@ class TorchCommunicator:
         result = message.new_empty(self.world_size * message.numel())
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
         work = _checked(lambda: gather(result, message, group=self.group, async_op=True))
-        return _Pending(work, result.view(self.world_size, -1))
+        return self._pending(work, result.view(self.world_size, -1))
 
     def all_reduce(self, tensor: Tensor) -> Handle:
         work = _checked(lambda: dist.all_reduce(tensor, group=self.group, async_op=True))
-        return _Pending(work, tensor)
+        return self._pending(work, tensor)
 
     def reduce_scatter(self, tensor: Tensor) -> Handle:
         result = torch.empty_like(tensor[0])
         scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
         flat = (result.view(-1), tensor.view(-1))
         work = _checked(lambda: scatter(*flat, group=self.group, async_op=True))
+        return self._pending(work, result)
+
+    def _pending(self, work: Any, result: Tensor) -> Handle:
+        self._works.append(work)
         return _Pending(work, result)
 
     def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
