@@ -39,12 +39,12 @@ class Task(Protocol):
 
 
 class Images:
-    """A network of launch/models.py on Fashion-MNIST, with SGD, momentum 0.9, weight decay."""
+    """A network of launch/models.py on Fashion-MNIST, with SGD, Nesterov momentum 0.9, weight decay."""
 
     metric = "accuracy"
 
-    def __init__(self, name: str, nesterov: bool = False, weight_decay: float = 5e-4) -> None:
-        self.name, self.nesterov, self.weight_decay = name, nesterov, weight_decay
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def model(self, seed: int) -> nn.Module:
         return build(self.name, seed).to(memory_format=torch.channels_last)
@@ -54,8 +54,8 @@ class Images:
             model.parameters(),
             lr,
             momentum=0.9,
-            nesterov=self.nesterov,
-            weight_decay=self.weight_decay,
+            nesterov=True,
+            weight_decay=5e-4,
         )
 
     def steps(self, workers: int, batch: int) -> int:
@@ -240,7 +240,7 @@ TASKS: dict[str, Task] = {
     "teacher": Teacher(),
     "lenet5": Images("lenet5"),
     "lenet300": Images("lenet300"),
-    "resnet20": Images("resnet20", nesterov=True),
+    "resnet20": Images("resnet20"),
     "lstm": Text(LSTM, _sgd, length=64, steps=200),
     "gpt": Text(GPT, _adamw, length=128, steps=100),
 }

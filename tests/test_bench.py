@@ -40,7 +40,7 @@ def test_a_function_that_returns_no_module_is_refused() -> None:
 
 
 def test_the_table_counts_the_bytes_of_training() -> None:
-    config = dgc.DGC(density=0.01, bucket_bytes=100)
+    config = dgc.DGC(density=0.01, min_selected=1, bucket_bytes=100)
 
     def body(comm: object) -> str:
         return bench("tests.workers:Toy", config, comm, torch.device("cpu"), 1)  # type: ignore[arg-type]

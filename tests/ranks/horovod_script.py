@@ -14,8 +14,8 @@ from tests.threads import run_ranks
 from tests.workers import Toy, flat, gradients, sgd_of, wrap
 
 OPTIONS = {"lr": 0.5, "momentum": 0.5}
-SPARSE = dgc.DGC(density=0.1, value_bits=32)
-FULL = dgc.DGC(density=1.0, value_bits=32)
+SPARSE = dgc.DGC(density=0.1, min_selected=1, value_bits=32)
+FULL = dgc.DGC(density=1.0, momentum_masking=False, value_bits=32)
 
 
 def integers(step: int, rank: int) -> list[torch.Tensor]:

@@ -15,9 +15,9 @@ from tests.workers import Toy, flat, gradients, train, wrap
 
 OPTIONS = {"lr": 0.5, "momentum": 0.5}
 CONFIGS = {
-    "dgc": dgc.DGC(density=0.1, value_bits=32, warmup_steps=4, bucket_bytes=100),
-    "masked": dgc.DGC(density=0.1, value_bits=32, momentum_masking=True),
-    "coded": dgc.DGC(density=0.1, value_bits=4),
+    "dgc": dgc.DGC(density=0.1, min_selected=1, value_bits=32, warmup_steps=4, bucket_bytes=100),
+    "unmasked": dgc.DGC(density=0.1, min_selected=1, momentum_masking=False),
+    "coded": dgc.DGC(density=0.1, min_selected=1, value_bits=4),
     "dense": dgc.Dense(),
 }
 

@@ -14,7 +14,7 @@ import dgc
 from dgc.comm.torch_dist import TorchCommunicator
 from dgc.errors import ConfigError, GradientError
 
-CONFIG = dgc.DGC(density=0.1, warmup_steps=4, bucket_bytes=600)
+CONFIG = dgc.DGC(density=0.1, min_selected=1, warmup_steps=4, bucket_bytes=600)
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
 
 
@@ -106,7 +106,7 @@ def equals_the_optimizer() -> None:
     train_pair(CONFIG, options={"static_graph": True})
     train_pair(CONFIG, passes=3)
     train_pair(dgc.DGC.paper(warmup_steps=4, density=0.1, clip_norm=0.5))
-    train_pair(dgc.DGC(density=0.1, exclude=("*.bias",)))
+    train_pair(dgc.DGC(density=0.1, min_selected=1, exclude=("*.bias",)))
 
 
 def equals_the_optimizer_in_mixed_dtypes() -> None:

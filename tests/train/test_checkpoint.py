@@ -16,7 +16,7 @@ from tests.threads import ThreadCommunicator, run_ranks
 from tests.train import checkpoint_checks as checks
 from tests.workers import Toy, train, wrap
 
-CONFIG = dgc.DGC(density=0.1)
+CONFIG = dgc.DGC(density=0.1, min_selected=1)
 
 
 def trained(comm: ThreadCommunicator, steps: int = 4) -> tuple[Toy, dgc.DistributedOptimizer]:
@@ -38,7 +38,7 @@ def test_resize_keeps_the_mean_of_the_memories(new_size: int) -> None:
         for key in tensors:
             before = sum(s["memory"][name][key].double() for s in old) / 4
             after = sum(s["memory"][name][key].double() for s in new) / new_size
-            torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-8)
+            torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-7)
 
 
 def test_training_goes_on_after_resize() -> None:

@@ -48,7 +48,9 @@ def test_adam_at_density_one_is_dense_adam(kind: type[torch.optim.Adam]) -> None
 def test_adam_keeps_what_it_did_not_send() -> None:
     model = Toy()
     adam = torch.optim.Adam(model.parameters(), lr=0.01)
-    config = dgc.DGC(density=0.1, value_bits=32, momentum_correction=False, fold_lr=False)
+    config = dgc.DGC(
+        density=0.1, min_selected=1, value_bits=32, momentum_correction=False, fold_lr=False
+    )
     optimizer = dgc.DistributedOptimizer(adam, model.named_parameters(), config)
     sent = torch.zeros(7, 5)
     for step in range(5):
@@ -74,7 +76,9 @@ def test_cyclic_momentum_is_followed() -> None:
 
     def body(comm: ThreadCommunicator) -> Tensor:
         model = Toy()
-        optimizer = wrap(model, dgc.DGC(density=1.0, value_bits=32), comm, *groups)
+        optimizer = wrap(
+            model, dgc.DGC(density=1.0, momentum_masking=False, value_bits=32), comm, *groups
+        )
         schedule = schedule_of(optimizer)
         for step in range(12):
             train(model, optimizer, range(step, step + 1))
@@ -94,7 +98,9 @@ def test_cyclic_momentum_is_followed() -> None:
 
 def test_clip_grad_norm_after_synchronize() -> None:
     model = Toy()
-    optimizer = wrap(model, dgc.DGC(density=0.5), None, {"lr": 0.1, "momentum": 0.9})
+    optimizer = wrap(
+        model, dgc.DGC(density=0.5, min_selected=1), None, {"lr": 0.1, "momentum": 0.9}
+    )
     for step in range(3):
         optimizer.zero_grad()
         model.loss(gradients(step, 0)).backward()
@@ -117,7 +123,9 @@ def test_another_optimizer_is_warned_of() -> None:
 
 def test_options_come_back_after_a_step_that_raises() -> None:
     model = Toy()
-    optimizer = wrap(model, dgc.DGC(density=0.5), None, {"lr": 0.1, "momentum": 0.9})
+    optimizer = wrap(
+        model, dgc.DGC(density=0.5, min_selected=1), None, {"lr": 0.1, "momentum": 0.9}
+    )
     optimizer.register_step_pre_hook(lambda *_: 1 / 0)
     model.loss(gradients(0, 0)).backward()
     with pytest.raises(ZeroDivisionError):
@@ -128,7 +136,7 @@ def test_options_come_back_after_a_step_that_raises() -> None:
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_a_mean_never_enters_the_memory_again(set_to_none: bool) -> None:
     model = Toy()
-    optimizer = wrap(model, dgc.DGC(density=0.5), None)
+    optimizer = wrap(model, dgc.DGC(density=0.5, min_selected=1), None)
     for step in range(3):
         optimizer.zero_grad(set_to_none)
         model.loss(gradients(step, 0)).backward()
@@ -140,7 +148,7 @@ def test_a_mean_never_enters_the_memory_again(set_to_none: bool) -> None:
 
 def test_the_profiler_shows_the_stages() -> None:
     model = Toy()
-    optimizer = wrap(model, dgc.DGC(density=0.5), None)
+    optimizer = wrap(model, dgc.DGC(density=0.5, min_selected=1), None)
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         train(model, optimizer, range(2))
     found = {event.key: event.count for event in trace.key_averages()}

@@ -12,7 +12,7 @@ from dgc.errors import ConfigError, GradientError, StateError
 from tests.threads import ThreadCommunicator, run_ranks
 from tests.workers import Toy, flat, gradients, sgd_of, train, wrap
 
-FULL = dgc.DGC(density=1.0, value_bits=32)
+FULL = dgc.DGC(density=1.0, momentum_masking=False, value_bits=32)
 
 
 def grads_of(model: nn.Module) -> Tensor:
@@ -88,7 +88,9 @@ def test_learning_rate_zero_neither_loses_nor_moves_what_enters() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.0
 
 
-@pytest.mark.parametrize("config", [dgc.DGC(density=0.2, value_bits=32), dgc.Dense()], ids=str)
+@pytest.mark.parametrize(
+    "config", [dgc.DGC(density=0.2, min_selected=1, value_bits=32), dgc.Dense()], ids=str
+)
 def test_parameters_that_some_or_no_ranks_use(config: dgc.DGC | dgc.Dense) -> None:
     """On one rank: a zero gradient there. On none: as if the parameter had not been there."""
 
@@ -124,7 +126,7 @@ def test_parameters_that_some_or_no_ranks_use(config: dgc.DGC | dgc.Dense) -> No
 def test_unused_everywhere_leaves_state_and_parameter() -> None:
     def body(comm: ThreadCommunicator) -> None:
         model = Toy()
-        optimizer = wrap(model, dgc.DGC(density=0.2), comm)
+        optimizer = wrap(model, dgc.DGC(density=0.2, min_selected=1), comm)
         train(model, optimizer, range(3))
         before, state = next(iter(model.parameters())).clone(), optimizer.state_dict()["memory"]
         train(model, optimizer, range(3, 4), lambda s, r: [None, *gradients(s, r)[1:]])
@@ -143,6 +145,7 @@ def test_non_finite_gradient_on_one_rank(masking: bool, clip_norm: float | None)
     """All ranks skip together; nothing is lost and nothing non-finite stays."""
     config = dgc.DGC(
         density=0.2,
+        min_selected=1,
         value_bits=32,
         bucket_bytes=32,
         fold_lr=False,
@@ -197,7 +200,7 @@ def test_too_many_skipped_steps(config: dgc.DGC | dgc.Dense) -> None:
 
 
 def test_state_resumes_bit_for_bit() -> None:
-    config = dgc.DGC(density=0.1, warmup_steps=12, momentum_masking=True)
+    config = dgc.DGC(density=0.1, min_selected=1, warmup_steps=12)
     options = {"momentum": 0.9, "weight_decay": 0.01, "dampening": 0.1}
 
     def body(comm: ThreadCommunicator) -> tuple[Tensor, Tensor]:
@@ -234,7 +237,11 @@ def test_foreign_states_are_refused_and_change_nothing() -> None:
 
 def test_stats_count_what_the_communicator_saw() -> None:
     def body(comm: ThreadCommunicator) -> None:
-        for config in (dgc.DGC(density=0.01), dgc.DGC(exclude=("a*",)), dgc.Dense()):
+        for config in (
+            dgc.DGC(density=0.01, min_selected=1),
+            dgc.DGC(exclude=("a*",)),
+            dgc.Dense(),
+        ):
             model = Toy()
             optimizer = wrap(model, config, comm)
             before = comm.sent_bytes
@@ -350,7 +357,7 @@ def test_ranks_that_differ_are_told_where() -> None:
 
     def other_config(comm: ThreadCommunicator) -> None:
         with pytest.raises(ConfigError, match=r"different configurations[\s\S]*density=0\.0"):
-            wrap(Toy(), dgc.DGC(density=0.01 + 0.01 * comm.rank), comm)
+            wrap(Toy(), dgc.DGC(density=0.01, min_selected=1 + comm.rank), comm)
 
     for body in (other_model, fewer, other_config):
         run_ranks(2, body)
