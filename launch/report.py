@@ -12,7 +12,8 @@ from typing import Any
 
 Line = dict[str, Any]
 _COLUMNS = (
-    ("run", 14),
+    ("run", 8),
+    ("lr", 5),
     ("accuracy %", 10),
     ("dense bytes", 13),
     ("sent bytes", 13),
@@ -35,6 +36,7 @@ def table(runs: dict[str, list[Line]]) -> str:
         last = lines[-1]
         cells = (
             name,
+            f"{last['lr']:g}",
             f"{last['accuracy']:.2f}",
             f"{last['dense_bytes']:,}",
             f"{last['sent_bytes']:,}",
