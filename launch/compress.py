@@ -75,18 +75,22 @@ def train(
     teacher: Tensor | None = None,
     distill_weight: float = 0.0,
     each_step: Callable[[int, int], None] = lambda step, steps: None,
+    progress: str = "",
 ) -> None:
     """Adam with a cosine schedule over part or all of `data`; `each_step(step, steps)` comes first.
 
-    `teacher` are the logits of another model on the training images.
+    `teacher` are the logits of another model on the training images; `progress`, where given, is
+    the name of a progress bar.
     """
+    from tqdm import tqdm
+
     steps = max(1, round(epochs * math.ceil(len(data.train_labels) / BATCH)))
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     batches: list[Tensor] = []
     model.train()
-    for step in range(steps):
+    for step in tqdm(range(steps), progress, unit="step", mininterval=1, disable=not progress):
         each_step(step, steps)
         if not batches:
             order = torch.randperm(len(data.train_labels), generator=generator)
@@ -137,11 +141,11 @@ def compress_model(
     dense = sum(t.numel() * t.itemsize for t in dgc.model.plain_state(model).values())
     stage("trained", dense)
     extra = {"seed": seed, "teacher": teacher, "distill_weight": recipe.distill_weight}
-    _prune_and_train(model, data, recipe, **extra)
+    _prune_and_train(model, data, recipe, progress="prune", **extra)
     stage("pruned, retrained", _size(model, out, recipe))
     dgc.model.share(model, _plain(recipe.bits), penalty=recipe.penalty)
     stage("shared", _size(model, out, recipe))
-    train(model, data, epochs=recipe.share_epochs, lr=recipe.share_lr, **extra)
+    train(model, data, epochs=recipe.share_epochs, lr=recipe.share_lr, progress="share", **extra)
     saved = dgc.model.save(model, out, coder=recipe.coder, half=recipe.half)
     stage("shared, retrained, saved", saved.file_bytes)
     return stages, saved

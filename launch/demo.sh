@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job: 4 ranks train on real data, dense and with DGC; then the final model becomes a file.
-# Environment: RANKS=4 EPOCHS=5 DATA=folder of IDX files, OUT=out.
+# Environment: RANKS=4 EPOCHS=5 RETRAIN_EPOCHS=4 DATA=folder of IDX files, OUT=out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD
@@ -14,4 +14,4 @@ echo
 "${PYTHON:-python}" -m launch.report "$out/dense" "$out/dgc" --out "$out"
 echo
 "${PYTHON:-python}" -m launch.finish "$out/dgc/model.safetensors" "$out/dgc/model.dgc" \
-    --epochs "${RETRAIN_EPOCHS:-1}" "${data[@]}"
+    --epochs "${RETRAIN_EPOCHS:-4}" "${data[@]}"

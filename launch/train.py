@@ -121,7 +121,7 @@ class Log:
         if self.bar is not None:
             self.bar.update()
             if self.bar.n % 50 == 0:
-                self.bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+                self.bar.set_postfix(loss=f"{float(loss.detach()):.3f}", refresh=False)
 
     def epoch(self, epoch: int, percent: float, optimizer: dgc.DistributedOptimizer) -> None:
         stats = optimizer.stats()
