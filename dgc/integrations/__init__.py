@@ -1,0 +1,67 @@
+"""One line in training loops that own DDP themselves: Accelerate, Hugging Face Trainer, Lightning.
+
+Importing this package imports none of them. Each module registers the hook once the framework has
+wrapped the model, and keeps the memory in the framework's own checkpoints.
+"""
+
+import sys
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from dgc.config import Compression
+from dgc.errors import ConfigError, MissingPackageError
+from dgc.train.hook import HookState
+from dgc.train.hook import register as register_ddp
+
+
+def need(names: tuple[str, ...], package: str) -> Any:
+    """The first of the modules `names` that is there; one that is loaded already goes first.
+
+    Args:
+        names: full names of modules that offer the same.
+        package: what pip installs.
+
+    Raises:
+        MissingPackageError: none can be imported.
+
+    Example:
+        >>> need(("json",), "json").__name__
+        'json'
+        >>> need(("no_such_framework",), "no-such-framework")
+        Traceback (most recent call last):
+        ...
+        dgc.errors.MissingPackageError: no_such_framework is not installed: pip install no-such-framework
+    """
+    for name in sorted(names, key=lambda name: name not in sys.modules):
+        try:
+            return import_module(name)
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] != name.split(".")[0]:
+                raise  # it is there, and broken: say why
+    raise MissingPackageError(f"{' or '.join(names)} is not installed: pip install {package}")
+
+
+def register_prepared(
+    model: nn.Module,
+    optimizer: Optimizer,
+    compression: Compression | None,
+    scaler: GradScaler | None,
+) -> HookState:
+    """`dgc.register` for a model and an optimizer as a framework has wrapped them.
+
+    Raises:
+        ConfigError: the framework did not choose DDP; and what `dgc.register` raises.
+    """
+    wrapped = getattr(model, "_orig_mod", model)
+    if not isinstance(wrapped, DistributedDataParallel):
+        raise ConfigError(
+            f"the framework trains a {type(wrapped).__name__}, not a DistributedDataParallel: start "
+            "two processes at least (torchrun --nproc-per-node 2 …), without DeepSpeed and FSDP"
+        )
+    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate and Lightning wrap it
+    return register_ddp(model, inner, compression, scaler=scaler)
