@@ -4,7 +4,7 @@ For each seed: train dense; from there train on dense for as many epochs, or pru
 retrain and save with Huffman codes, or with the default coder and the entropy penalty. The baseline
 is the better of the two dense models. Means over seeds. On the identical weights: other containers, and codes against entropy.
 
-    python benchmarks/bench_model.py --out model_cpu2_2026-11-23
+    python benchmarks/bench_model.py --out model_cpu2
     python benchmarks/bench_model.py --data FOLDER_OF_IDX_FILES       # MNIST, or Fashion-MNIST
 """
 

@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=200, help="0 leaves the quality out")
     parser.add_argument("--quality-numel", type=int, default=NUMEL)
-    parser.add_argument("--save", default="select_cpu2_2026-11-23")
+    parser.add_argument("--save", default="select_cpu2")
     arguments = parser.parse_args()
     print(setup())
     times = timed(arguments.rounds)

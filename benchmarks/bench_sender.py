@@ -150,7 +150,7 @@ def rows(layout: str, times: dict[str, float], memory: dict[str, float]) -> list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--save", default="sender_cpu2_2026-11-23")
+    parser.add_argument("--save", default="sender_cpu2")
     arguments = parser.parse_args()
     print(setup())
     one, one_memory = measure([NUMEL], arguments.rounds)

@@ -3,7 +3,7 @@
 Quality is of the embeddings of sentences, against the original model's: mean cosine, and how often
 a sentence's nearest neighbour among the others is the same.
 
-    python benchmarks/bench_transformer.py --out transformer_cpu2_2026-11-23
+    python benchmarks/bench_transformer.py --out transformer_cpu2
 """
 
 import argparse

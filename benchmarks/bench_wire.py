@@ -1,6 +1,6 @@
 """Bytes and time of gradient messages, beside the limits of both.
 
-    python -m benchmarks.bench_wire --save wire_cpu2_2026-11-23
+    python -m benchmarks.bench_wire --save wire_cpu2
 
 Bits: whole messages, with header, levels and checksum, for each selected value; "limit" is the
 entropy of the positions, H(density)/density, plus the width of a value. "padded" is the size known
