@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "convergence_cpu2_2026-11-24.jsonl"
+RESULTS = Path(__file__).parent / "results" / "convergence_cpu2.jsonl"
 SETTING = ("task", "workers", "batch", "epochs", "schedule")
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
