@@ -60,17 +60,13 @@ class DGCCallback(_Callback):  # type: ignore[misc]
             mine = states[rank] if same else resize(states, rank, world_size)
             self.state.load_state_dict(mine)
 
-    def on_save_checkpoint(
-        self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Called on all ranks; rank 0 writes what all of them hold."""
         if self.state is not None:
             states: list[Any] = [None] * self.state.comm.world_size
             dist.all_gather_object(states, self.state.state_dict())
             checkpoint[_KEY] = states
 
-    def on_load_checkpoint(
-        self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """The model is not wrapped yet: keep it for `on_train_start`."""
         self._loaded = checkpoint.get(_KEY, [])

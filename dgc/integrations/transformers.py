@@ -38,7 +38,7 @@ def register(trainer: Any, compression: Compression | None = None) -> Any:
 def _callback_class() -> Any:
     base: Any = need(("transformers",), "'transformers[torch]'").TrainerCallback
 
-    class DGCCallback(base):
+    class DGCCallback(base):  # type: ignore[misc]
         """Registers the hook when the Trainer has wrapped its model; saves and loads the memory."""
 
         def __init__(self, trainer: Any, compression: Compression | None) -> None:

@@ -4,8 +4,6 @@ DDP's buckets change between steps; here they only bring gradients. What is sent
 memory, follow `Reducer`'s own plan by parameter name, as with `DistributedOptimizer`.
 """
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,23 +12,19 @@ from torch.optim import Optimizer
 
 from dgc.comm.torch_dist import TorchCommunicator
 from dgc.config import DGC, Compression
-from dgc.errors import ConfigError, GradientError
+from dgc.errors import ConfigError
 from dgc.train.agree import check_agreement, named_parameters_of
+from dgc.train.attached import Attached
 from dgc.train.guard import Guard
-from dgc.train.inner import InnerStep, RefuseScaler, check_supported
+from dgc.train.inner import InnerStep, check_supported
 from dgc.train.optimizer import DistributedOptimizer
 from dgc.train.reducer import Reducer
-from dgc.train.state import KEYS, check_header, header
 
 Future = torch.futures.Future[Tensor]
 
 
-class HookState:
-    """What `register` returns: the memory of one DDP model, by parameter name.
-
-    The optimizer stays the user's: hooks before and after its `step` keep it from applying momentum
-    a second time, and from stepping at all where a rank had a non-finite gradient.
-    """
+class HookState(Attached):
+    """What `register` returns: the memory of one DDP model, by parameter name."""
 
     def __init__(
         self,
@@ -48,16 +42,6 @@ class HookState:
         self.reducer = Reducer(params, config, self.comm, inner.row, lambda: inner.loss_scale)
         self.guard = Guard(params)
         self._waiting: list[tuple[Future, Tensor]] = []
-        self._apply = True
-        self._fresh = False  # a mean lies in .grad that no step has used
-
-    def attach(self) -> None:
-        """From here on the optimizer's steps are prepared here."""
-        optimizer = self.inner.optimizer
-        if self.inner.scaler is None:
-            optimizer._step_supports_amp_scaling = RefuseScaler()  # type: ignore[attr-defined]
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
 
     def exchange(self, bucket: dist.GradBucket) -> Future:  # type: ignore[name-defined]
         """Start the exchange of a bucket's gradients; with the last bucket, finish all."""
@@ -82,65 +66,6 @@ class HookState:
         self._fresh = True
         for future, buffer in waiting:
             future.set_result(buffer)
-
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # torch passes the optimizer itself as the first of `args`.
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._prepare()
-            return None
-
-        def closed() -> Any:  # the gradients are there once the user's closure has run
-            with torch.enable_grad():
-                loss = closure()
-            self._prepare()
-            return loss
-
-        others = {key: value for key, value in kwargs.items() if key != "closure"}
-        return (optimizer, closed), others
-
-    def _prepare(self) -> None:
-        params = self.inner.params.values()
-        if not self._fresh and any(p.grad is not None for p in params):
-            raise GradientError(
-                "step() without a synchronised backward pass since the last step: leave no_sync() "
-                "before the last backward pass of a step"
-            )
-        if self._fresh and not self._apply:
-            for param in params:
-                param.grad = None  # nothing to step with: all ranks skip
-        self._fresh = False
-        self.inner.before()
-
-    def _after_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        self.inner.after()
-
-    def stats(self) -> dict[str, float | int | str]:
-        """What the exchange has cost: see `dgc.train.stats.Stats`."""
-        return self.reducer.stats.as_dict()
-
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's memory: plain tensors, numbers and strings, by parameter name.
-
-        It goes beside `optimizer.state_dict()`. Every rank saves its own and loads its own.
-        """
-        return {**header(self.comm), **self.inner.state_dict(), **self.reducer.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave on the same rank, here or in `DistributedOptimizer`.
-
-        Raises:
-            StateError: another format version, rank, world size, or model; the difference is named
-                and nothing is changed.
-        """
-        check_header(state_dict, self.comm, KEYS)
-        self.inner.check_state(state_dict)
-        self.reducer.load_state_dict(state_dict)
-        self.inner.load_state_dict(state_dict)
 
 
 def register(

@@ -1,5 +1,6 @@
 """Lightning's Trainer on each rank: accumulation, clipping, checkpoints, and going on."""
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,4 +55,6 @@ _, half = train(1)
 half.save_checkpoint(path)
 whole, _ = train(2)
 assert torch.equal(whole, train(2, resume=path)[0])
+del half
+gc.collect()  # trainers keep the process group, and its threads, alive past the end
 torch.distributed.destroy_process_group()

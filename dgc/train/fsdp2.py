@@ -1,0 +1,226 @@
+"""`apply_fsdp2`: sharded inside a group of ranks, compressed between the copies of a shard.
+
+FSDP2 reduces gradients inside the shard group and leaves each rank the gradient of its own shards.
+What travels between the groups, usually between hosts, is exchanged here when backward has ended.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from dgc.comm.torch_dist import TorchCommunicator
+from dgc.config import DGC, Compression
+from dgc.errors import ConfigError, GradientError
+from dgc.train.agree import check_agreement, named_parameters_of
+from dgc.train.attached import Attached
+from dgc.train.inner import InnerStep, check_supported
+from dgc.train.reducer import Reducer
+
+
+class Fsdp2State(Attached):
+    """What `apply_fsdp2` returns: the memory of this rank's shards, by parameter name.
+
+    The local momentum that weight decay needs is kept as the inner step keeps it, as DTensors; in
+    `state_dict` it is plain, this rank's part.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: dict[str, Parameter],
+        group: dist.ProcessGroup,
+        optimizer: Optimizer,
+        config: Compression,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        self.comm = TorchCommunicator(group)
+        self.params = params
+        # The reducer sees this rank's shards alone.
+        shards = {name: Parameter(_local(p).detach()) for name, p in params.items()}
+        check_agreement(shards, config.describe(), self.comm)
+        for shard in shards.values():
+            self.comm.broadcast_(shard.detach())
+        self.inner = inner = InnerStep(optimizer, params, config, scaler)
+        self.reducer = Reducer(shards, config, self.comm, inner.row, lambda: inner.loss_scale)
+        self._shards = TorchCommunicator(_mesh(params).get_group())
+        self._queued = False
+        self._delivered = False  # .grad may still hold the mean of the step before
+        for param in params.values():
+            param.register_post_accumulate_grad_hook(self._reduced)
+        model.register_forward_hook(self._after_forward)
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(self._before_backward)
+
+    def _before_backward(self, _: Tensor) -> None:
+        delivered, self._delivered = self._delivered, False
+        if delivered and any(
+            p.grad is not None and bool(_local(p.grad).any()) for p in self.params.values()
+        ):
+            raise GradientError(
+                "a backward pass would add to gradients that already hold the mean of the step "
+                "before: call optimizer.zero_grad() after each step, and run all but the last "
+                "backward pass of a step with model.set_requires_gradient_sync(False)"
+            )
+
+    def _reduced(self, _: Tensor) -> None:
+        """FSDP2 has left a gradient in place: once it has left them all, exchange them."""
+        if not self._queued:
+            self._queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._exchange)
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        self._queued = False
+        shards = self.reducer.params
+        for name, param in self.params.items():
+            shards[name].grad = None if param.grad is None else _local(param.grad)
+        self._spread_nonfinite()
+        self._apply = self.reducer.finish()
+        self.inner.exchanged()
+        for name, param in self.params.items():
+            grad, shards[name].grad = shards[name].grad, None
+            param.grad = None if grad is None else _like(grad, param)
+        self._fresh = self._delivered = True
+
+    def _spread_nonfinite(self) -> None:
+        """A step is skipped for all shards or for none."""
+        grads = [p.grad for p in self.reducer.params.values() if p.grad is not None]
+        bad = torch.stack([~grad.isfinite().all() for grad in grads]).any()
+        if bool(self._shards.all_reduce(bad.to(torch.int64).view(1)).wait().any()):
+            for grad in grads:
+                grad.fill_(torch.nan)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's memory of its own shards: plain tensors, numbers, strings."""
+        state = super().state_dict()
+        momentum = {name: _local(b) for name, b in state["local_momentum"].items()}
+        return {**state, "local_momentum": momentum}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave on the same rank and the same mesh.
+
+        Raises:
+            StateError: another format version, rank, world size, or model.
+        """
+        super().load_state_dict({**state_dict, "local_momentum": {}})
+        self.inner.local.buffers = {
+            name: _like(buffer.clone(), self.params[name])
+            for name, buffer in state_dict["local_momentum"].items()
+        }
+
+
+def apply_fsdp2(
+    model: nn.Module,
+    replicate_group: dist.ProcessGroup,
+    optimizer: Optimizer,
+    compression: Compression | None = None,
+    *,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Fsdp2State:
+    """Exchange gradients compressed between the copies of an FSDP2 model.
+
+    With a mesh of [replicate, shard] call `fully_shard(module, mesh=mesh["shard"])` on the model and
+    its layers, make the optimizer, then call this once with `mesh["replicate"].get_group()`. The
+    shards are overwritten with those of the group's first rank. The training loop stays as it is;
+    after `backward()` the gradients are the mean over all ranks.
+
+    Args:
+        model: the root module, after `torch.distributed.fsdp.fully_shard`.
+        replicate_group: the ranks that hold the same shards.
+        optimizer: torch.optim.SGD over the model's parameters; any optimizer with
+            `DGC(momentum_correction=False)` or `Dense`.
+        compression: `dgc.DGC(...)` or `dgc.Dense(...)`; `DGC()` by default.
+        scaler: the `torch.amp.GradScaler` of the training loop, if it has one.
+
+    Returns:
+        The state of this rank's shards, with `state_dict()`, `load_state_dict()` and `stats()`.
+
+    Raises:
+        ConfigError: native HSDP, a model that is not sharded or on a mesh of several dimensions, a
+            group whose ranks hold different shards, `clip_norm`; and what `dgc.register` raises.
+
+    Example:
+        >>> apply_fsdp2(nn.Linear(1, 1), None, None)
+        Traceback (most recent call last):
+        ...
+        dgc.errors.ConfigError: the model is a Linear: call fully_shard(model, mesh=mesh["shard"]) first
+    """
+    config = DGC() if compression is None else compression
+    if not isinstance(model, FSDPModule):
+        raise ConfigError(
+            f'the model is a {type(model).__name__}: call fully_shard(model, mesh=mesh["shard"]) '
+            "first"
+        )
+    if isinstance(config, DGC) and config.clip_norm is not None:
+        raise ConfigError(
+            "clip_norm needs the norm of a rank's whole gradient, and with FSDP2 a rank has shards: "
+            "leave it None and call clip_grad_norm_ after backward()"
+        )
+    check_supported(optimizer, config, scaler)
+    params = named_parameters_of(optimizer, model.named_parameters())
+    _check_sharding(dict(model.named_parameters()), set(params.values()))
+    _check_groups(params, replicate_group)
+    state = Fsdp2State(model, params, replicate_group, optimizer, config, scaler)
+    state.attach()
+    return state
+
+
+def _check_sharding(named: Mapping[str, Parameter], trained: set[Parameter]) -> None:
+    for name, param in named.items():
+        if param.requires_grad and param not in trained:
+            raise ConfigError(f"the optimizer does not train {name}: give it all of the model")
+        if not isinstance(param, DTensor):
+            raise ConfigError(f"{name} is not sharded: call fully_shard on the root module too")
+        if any(isinstance(each, Replicate) for each in param.placements):
+            raise ConfigError(
+                f"{name} is replicated by native HSDP, whose dense all-reduce cannot be replaced: "
+                'call fully_shard with the one-dimensional mesh["shard"] and give '
+                'mesh["replicate"].get_group() to apply_fsdp2'
+            )
+        if param.device_mesh.ndim != 1:
+            raise ConfigError(
+                f"{name} is sharded over {param.device_mesh.ndim} mesh dimensions: only FSDP2 over "
+                "one dimension is supported, without tensor parallelism"
+            )
+
+
+def _check_groups(params: Mapping[str, Parameter], replicate_group: dist.ProcessGroup) -> None:
+    shards = dist.get_process_group_ranks(_mesh(params).get_group())
+    copies = dist.get_process_group_ranks(replicate_group)
+    if set(shards) & set(copies) != {dist.get_rank()}:
+        raise ConfigError(
+            f"the model is sharded over ranks {shards}, and replicate_group is {copies}: it must "
+            "hold the same shard's other copies, which share no rank but this one with them"
+        )
+
+
+def _mesh(params: Mapping[str, Any]) -> Any:
+    return next(iter(params.values())).device_mesh
+
+
+def _local(tensor: Any) -> Tensor:
+    local: Tensor = tensor.to_local()
+    return local
+
+
+def _like(local: Tensor, param: Any) -> Any:
+    """This rank's part, as a DTensor laid out as `param`."""
+    return DTensor.from_local(
+        local,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )

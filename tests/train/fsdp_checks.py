@@ -1,0 +1,166 @@
+"""FSDP2 on 2 × 2 gloo ranks, for tests/train/test_fsdp2.py."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import clip_grad_norm_
+
+import dgc
+from dgc.errors import ConfigError, GradientError
+
+EXACT = dgc.DGC(density=1.0, value_bits=32, momentum_masking=False)
+SGD: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
+
+
+def mesh_of() -> DeviceMesh:
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+
+
+def net() -> nn.Sequential:
+    """Its last bias has one element: the second rank of a shard group has none of it."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 1))
+
+
+def sharded(mesh: DeviceMesh) -> Any:
+    model = net()
+    if dist.get_rank() >= 2:  # another start than the copy's: apply_fsdp2 must set it right
+        with torch.no_grad():
+            model[0].weight.add_(1)
+    fully_shard(model[2], mesh=mesh["shard"])
+    return fully_shard(model, mesh=mesh["shard"])
+
+
+def data(step: int, rank: int | None = None) -> Tensor:
+    seed = 100 * step + (dist.get_rank() if rank is None else rank)
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def start(config: Any = EXACT, **options: Any) -> tuple[Any, Any, Any]:
+    mesh = mesh_of()
+    model = sharded(mesh)
+    sgd = torch.optim.SGD(model.parameters(), **{**SGD, **options})
+    return model, sgd, dgc.apply_fsdp2(model, mesh["replicate"].get_group(), sgd, config)
+
+
+def full(model: nn.Module) -> list[Tensor]:
+    return [p.full_tensor().detach() for p in model.parameters()]
+
+
+def same_on_all_ranks(model: nn.Module) -> None:
+    mine = torch.cat([p.reshape(-1) for p in full(model)])
+    all_ = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_, mine)
+    assert all(torch.equal(mine, other) for other in all_)
+
+
+def equals_the_exact_mean() -> None:
+    """Against one process that sees the data of all ranks, with two passes a step."""
+    for momentum in (0.0, 0.9):
+        options = {**SGD, "momentum": momentum, "nesterov": momentum > 0}
+        model, sgd, state = start(**options)
+        twin = net()
+        theirs = torch.optim.SGD(twin.parameters(), **options)
+        for step in range(4):
+            for each in range(2):
+                model.set_requires_gradient_sync(each == 1)
+                model(data(2 * step + each)).square().mean().backward()
+                for rank in range(4):
+                    (twin(data(2 * step + each, rank)).square().mean() / 4).backward()
+            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+                if not momentum:
+                    torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-5, atol=1e-6)
+            sgd.step(), theirs.step()
+            sgd.zero_grad(), theirs.zero_grad()
+            for p, q in zip(full(model), twin.parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        assert state.stats()["steps"] == 4
+        same_on_all_ranks(model)
+
+
+def trains_compressed_and_resumes() -> None:
+    model, sgd, state = start(dgc.DGC(density=0.1, min_selected=1))
+    losses, halves = [], {}
+    for step in range(40):
+        if step == 20:
+            parts = model.state_dict(), sgd.state_dict(), state.state_dict()
+            halves = copy.deepcopy(dict(zip("moc", parts, strict=True)))
+        sgd.zero_grad()
+        loss = (model(data(step)) - 1).square().mean()
+        loss.backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        sgd.step()
+        losses.append(float(loss))
+    assert sum(losses[-5:]) < sum(losses[:5]) / 2, losses
+    assert state.stats()["sent_bytes"] < state.stats()["dense_bytes"]
+    same_on_all_ranks(model)
+    again, sgd, state = start(dgc.DGC(density=0.1, min_selected=1))
+    assert all(type(t) is Tensor for t in halves["c"]["local_momentum"].values())
+    again.load_state_dict(halves["m"]), sgd.load_state_dict(halves["o"])
+    state.load_state_dict(halves["c"])
+    for step in range(20, 40):
+        sgd.zero_grad(set_to_none=False)
+        (again(data(step)) - 1).square().mean().backward()
+        clip_grad_norm_(again.parameters(), 1.0)
+        sgd.step()
+    assert all(map(torch.equal, full(model), full(again)))
+
+
+def skips_together() -> None:
+    model, sgd, state = start(dgc.DGC(density=0.1))
+    for step in range(3):
+        before = full(model)
+        bad = step == 1 and dist.get_rank() == 3
+        sgd.zero_grad()
+        (model(data(step)).square().mean() * (torch.inf if bad else 1)).backward()
+        sgd.step()
+        assert all(map(torch.equal, before, full(model))) == (step == 1)
+    assert state.stats()["skipped_steps"] == 1
+    memory = state.state_dict()["memory"].values()
+    assert all(tensor.isfinite().all() for each in memory for tensor in each.values())
+    same_on_all_ranks(model)
+
+
+def refuses() -> None:
+    mesh = mesh_of()
+    group = mesh["replicate"].get_group()
+    hsdp = fully_shard(net(), mesh=mesh)
+    with pytest.raises(ConfigError, match="native HSDP"):
+        dgc.apply_fsdp2(hsdp, group, torch.optim.SGD(hsdp.parameters(), **SGD))
+    model = sharded(mesh)
+    sgd = torch.optim.SGD(model.parameters(), **SGD)
+    with pytest.raises(ConfigError, match="replicate_group is"):
+        dgc.apply_fsdp2(model, mesh["shard"].get_group(), sgd)
+    with pytest.raises(ConfigError, match="clip_norm"):
+        dgc.apply_fsdp2(model, group, sgd, dgc.DGC(clip_norm=1.0))
+    part = nn.Sequential(fully_shard(nn.Linear(2, 2), mesh=mesh["shard"]))
+    with pytest.raises(ConfigError, match="the model is a Sequential"):
+        dgc.apply_fsdp2(part, group, sgd)
+    with pytest.raises(ConfigError, match="does not train"):
+        dgc.apply_fsdp2(model, group, torch.optim.SGD(model[0].parameters(), **SGD))
+    dgc.apply_fsdp2(model, group, sgd)
+    with pytest.raises(ConfigError, match="registered with dgc already"):
+        dgc.apply_fsdp2(model, group, sgd)
+
+
+def notices_a_missing_zero_grad() -> None:
+    model, sgd, _ = start()
+    model(data(0)).square().mean().backward()
+    sgd.step()
+    with pytest.raises(GradientError, match="zero_grad"):
+        model(data(1)).square().mean().backward()
+
+
+CHECKS = [
+    equals_the_exact_mean,
+    trains_compressed_and_resumes,
+    skips_together,
+    refuses,
+    notices_a_missing_zero_grad,
+]
