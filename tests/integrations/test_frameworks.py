@@ -12,7 +12,7 @@ from tests.launching import ROOT, torchrun
 @pytest.mark.parametrize("framework", ["accelerate", "trainer", "lightning"])
 def test_trains_and_resumes(framework: str, tmp_path: Path) -> None:
     """The scripts check steps, bytes, equal ranks, and a resumed run that ends bit for bit equal."""
-    script = ROOT / "tests" / "integrations" / f"{framework}_ranks.py"
+    script = ROOT / "tests" / "ranks" / f"{framework}_loop.py"
     done = torchrun(2, str(script), str(tmp_path))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
