@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,8 @@ def test_scripts_are_named() -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in RUNNING])
 def test_command(command: str, folder: Path) -> None:
+    if "horovod" in command and find_spec("horovod") is None:
+        pytest.skip("Horovod is not installed: make horovod")
     is_make = command.startswith("make ")
     small = {"RANKS": "2", "EPOCHS": "1", "RETRAIN_EPOCHS": "0.1", "OUT": str(folder / "out")}
     env = environment(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", **small)
