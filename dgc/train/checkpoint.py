@@ -186,6 +186,12 @@ def _check_distributed(comm: Communicator) -> None:
             "torch.distributed.checkpoint needs an initialised torch.distributed process group: "
             "save state_dict() of each rank with torch.save instead"
         )
+    if dist.is_initialized() and dist.get_world_size() != comm.world_size:
+        raise ConfigError(
+            f"{comm.world_size} of the job's {dist.get_world_size()} ranks exchange gradients with "
+            "this one, and the others would write the same keys: save state_dict() of each rank "
+            "with torch.save instead"
+        )
 
 
 def to_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from dgc.comm.torch_dist import TorchCommunicator
 from dgc.config import DGC, Compression
-from dgc.errors import ConfigError, GradientError
+from dgc.errors import ConfigError, GradientError, StateError
 from dgc.train.agree import check_agreement, named_parameters_of
 from dgc.train.attached import Attached
 from dgc.train.inner import InnerStep, check_supported
@@ -105,14 +105,19 @@ class Fsdp2State(Attached):
         """This rank's memory of its own shards: plain tensors, numbers, strings."""
         state = super().state_dict()
         momentum = {name: _local(b) for name, b in state["local_momentum"].items()}
-        return {**state, "local_momentum": momentum}
+        return {**state, "local_momentum": momentum, "shard": self._shards.rank}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave on the same rank and the same mesh.
 
         Raises:
-            StateError: another format version, rank, world size, or model.
+            StateError: another format version, rank, world size, shard, or model.
         """
+        if state_dict.get("shard") != self._shards.rank:
+            raise StateError(
+                f"this state is of shard {state_dict.get('shard')}, this rank holds shard "
+                f"{self._shards.rank}: give each rank what it saved, on the same mesh"
+            )
         super().load_state_dict({**state_dict, "local_momentum": {}})
         self.inner.local.buffers = {
             name: _like(buffer.clone(), self.params[name])

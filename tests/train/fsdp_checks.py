@@ -12,7 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import clip_grad_norm_
 
 import dgc
-from dgc.errors import ConfigError, GradientError
+from dgc.errors import ConfigError, GradientError, StateError
+from dgc.train import checkpoint
 
 EXACT = dgc.DGC(density=1.0, value_bits=32, momentum_masking=False)
 SGD: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
@@ -100,7 +101,11 @@ def trains_compressed_and_resumes() -> None:
     assert sum(losses[-5:]) < sum(losses[:5]) / 2, losses
     assert state.stats()["sent_bytes"] < state.stats()["dense_bytes"]
     same_on_all_ranks(model)
+    with pytest.raises(ConfigError, match="2 of the job's 4 ranks"):
+        checkpoint.save(state, "nowhere")
     again, sgd, state = start(dgc.DGC(density=0.1, min_selected=1))
+    with pytest.raises(StateError, match="of shard"):
+        state.load_state_dict({**halves["c"], "shard": 1 - dist.get_rank() % 2})
     assert all(type(t) is Tensor for t in halves["c"]["local_momentum"].values())
     again.load_state_dict(halves["m"]), sgd.load_state_dict(halves["o"])
     state.load_state_dict(halves["c"])
