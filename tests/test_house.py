@@ -54,9 +54,12 @@ def test_importing_is_inert() -> None:
         "tqdm",
         "constriction",
         "kmeans1d",
+        "accelerate",
+        "transformers",
+        "pytorch_lightning",
     ]
     code = (
-        "import sys, torch; before = set(sys.modules); import dgc; "
+        "import sys, torch; before = set(sys.modules); import dgc, dgc.integrations; "
         f"print([m for m in {heavy} if m in set(sys.modules) - before], torch.cuda.is_initialized())"
     )
     done = subprocess.run(
