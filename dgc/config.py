@@ -9,6 +9,7 @@ from dgc.core.select import Selector, ThresholdTopK
 from dgc.errors import ConfigError
 
 VALUE_BITS = (1, 2, 3, 4, 8, 16, 32)
+PATTERNS = ("all-gather", "re-selecting")
 _DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -103,6 +104,11 @@ class DGC(Compression):
     selector: Selector = ThresholdTopK()
     """How the largest elements are found; see `dgc.core.select`."""
 
+    pattern: str = "all-gather"
+    """How messages travel. "all-gather": all to all ranks, so a rank receives in proportion to their
+    number. "re-selecting": owners of regions sum and select again, so it receives about the same
+    however many ranks there are; what they drop stays in their residuals."""
+
     exclude: tuple[str, ...] = ()
     """Patterns (`fnmatch`) of the names of parameters that are exchanged dense."""
 
@@ -116,6 +122,7 @@ class DGC(Compression):
         _check("warmup_density", self.warmup_density, good, "in (0, 1]")
         if self.clip_norm is not None:
             _check("clip_norm", self.clip_norm, self.clip_norm > 0, "positive, or None")
+        _check("pattern", self.pattern, self.pattern in PATTERNS, f"one of {PATTERNS}")
         if isinstance(self.exclude, str):
             raise ConfigError(f"exclude is the string {self.exclude!r}: give a tuple of patterns")
 

@@ -1,7 +1,7 @@
 """Ranks as threads of one process: a communicator for tests, which counts what goes through it."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -35,6 +35,14 @@ class ThreadCommunicator(SelfCommunicator):
     def all_reduce(self, tensor: Tensor) -> Done:
         self.sent_bytes += tensor.nbytes
         return Done(tensor.copy_(torch.stack(self._exchange(tensor)).sum(dim=0)))
+
+    def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
+        sizes = torch.stack(self._exchange(torch.tensor([m.numel() for m in messages])))
+        everybody = self._exchange(torch.cat(list(messages)))
+        self.sent_bytes += sum(m.nbytes for m in messages)
+        return [
+            sent.split(row)[self.rank] for sent, row in zip(everybody, sizes.tolist(), strict=True)
+        ]
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
         tensor.copy_(self._exchange(tensor)[root])

@@ -109,8 +109,3 @@ class SelfCommunicator:
 
     def close(self) -> None:
         pass
-
-
-def exchange_sizes(comm: Communicator, sizes: Sequence[int], device: torch.device) -> Tensor:
-    """How many bytes each rank sends to each: int64 `[P, P]` on the host, row = sender."""
-    return comm.all_gather(torch.tensor(sizes, dtype=torch.int64, device=device)).wait().cpu()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgc.comm.base import Communicator, Handle, exchange_sizes
+from dgc.comm.base import Communicator, Handle
 from dgc.errors import CommError, ConfigError, MissingPackageError
 
 _POLL_SECONDS = 50e-6
@@ -105,8 +105,9 @@ class MpiCommunicator:
 
     def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
         sent = [m.numel() for m in messages]
-        sizes = exchange_sizes(self, sent, torch.device("cpu"))
-        received = sizes[:, self.rank].tolist()
+        sizes, theirs = torch.tensor([sent, [0] * len(sent)])
+        asked = self.comm.Ialltoall(sizes.numpy(), theirs.numpy())
+        received = self._pending(asked, (sizes,), theirs, sizes).wait().tolist()
         packed = torch.cat(list(messages)).cpu()
         result = packed.new_empty(sum(received))
         request = self.comm.Ialltoallv((packed.numpy(), sent), (result.numpy(), received))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from torch import Tensor
 
-from dgc.comm.base import Communicator, Handle, SelfCommunicator, exchange_sizes
+from dgc.comm.base import Communicator, Handle, SelfCommunicator
 from dgc.errors import CommError
 
 T = TypeVar("T")
@@ -79,7 +79,10 @@ class TorchCommunicator:
 
     def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
         sent = [m.numel() for m in messages]
-        received = exchange_sizes(self, sent, self.device)[:, self.rank].tolist()
+        sizes = torch.tensor(sent, device=self.device)
+        theirs = torch.empty_like(sizes)
+        _checked(lambda: dist.all_to_all_single(theirs, sizes, group=self.group))
+        received = theirs.tolist()
         result = messages[0].new_empty(sum(received))
         packed = torch.cat(list(messages))
         _checked(lambda: dist.all_to_all_single(result, packed, received, sent, group=self.group))

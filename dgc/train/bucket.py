@@ -84,14 +84,17 @@ class CompressedBucket:
         used: Sequence[bool],
         density: float,
     ) -> Tensor:
-        unused = [index for index, yes in enumerate(used) if not yes]
-        self._before = {i: {k: t.clone() for k, t in self.tensors(i).items()} for i in unused}
+        self._snapshot(used)
         if grads is None:
             message, self._sent = abstain(self.memory, density)
         else:
             update = torch.tensor([row[:4] for row in rows], dtype=torch.float32)
             message, self._sent = send_(self.memory, grads, update, density, used)
         return message
+
+    def _snapshot(self, used: Sequence[bool]) -> None:
+        unused = [index for index, yes in enumerate(used) if not yes]
+        self._before = {i: {k: t.clone() for k, t in self.tensors(i).items()} for i in unused}
 
     def receive_(self, gathered: Tensor, grads: Sequence[Tensor], rows: Sequence[Row]) -> Arrival:
         return receive_(gathered, grads, [1 / (self.world_size * row.applied_lr) for row in rows])

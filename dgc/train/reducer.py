@@ -19,6 +19,7 @@ from dgc.core.layout import Layout
 from dgc.errors import GradientError, StateError
 from dgc.train.bucket import Bucket, CompressedBucket, DenseBucket, Row
 from dgc.train.clip import local_clip_scale
+from dgc.train.reselect import ReselectingBucket
 from dgc.train.stats import Stats
 from dgc.train.step import Arrival
 
@@ -62,13 +63,15 @@ class Reducer:
         self._given: dict[str, Tensor] = {}
         self._unused: set[str] = set()
         self._missing = [len(names) for names in self.names]
-        self._started: list[tuple[Handle, list[Row]]] = []
+        self._started: list[tuple[Handle, list[Row], int]] = []
         self._clip_scale: float | None = None
 
     def _bucket(self, names: tuple[str, ...]) -> Bucket:
         numels = [self.params[name].numel() for name in names]
         layout = Layout.of(numels, self.params[names[0]].device)
         if isinstance(self.config, DGC) and not is_excluded(names[0], self.config):
+            if self.config.pattern == "re-selecting":
+                return ReselectingBucket(layout, self.config, self.comm.world_size, self.comm.rank)
             return CompressedBucket(layout, self.config, self.comm.world_size)
         dtype = self.config.dtype if isinstance(self.config, Dense) else torch.float32
         return DenseBucket(layout, dtype, self.comm.world_size)
@@ -155,9 +158,8 @@ class Reducer:
             rows = [row._replace(gain=row.gain * scale) for row in rows]
             density = bucket.density(self.step)
             payload = bucket.send(grads, rows, used, density)
-        self._count(bucket, payload)
         self.stats.density = density if index == 0 else min(density, self.stats.density)
-        self._started.append((bucket.pattern.start(self.comm, payload), rows))
+        self._started.append((bucket.pattern.start(self.comm, payload), rows, payload.nbytes))
 
     def _scale(self) -> float:
         """The clipping factor of this step; nan if clipping finds the gradient not finite."""
@@ -192,9 +194,10 @@ class Reducer:
 
     def _receive(self, index: int) -> Arrival:
         bucket, names = self.buckets[index], self.names[index]
-        handle, rows = self._started[index]
+        handle, rows, payload_bytes = self._started[index]
         with self._timed("exchange_seconds"), record_function("dgc::exchange"):
             gathered = handle.wait()
+        self._count(bucket, payload_bytes)
         with self._timed("compress_seconds"):
             grads = [self._grad(name) for name in names]
             dense = [g.to(torch.float32).contiguous() for g in grads]
@@ -214,14 +217,13 @@ class Reducer:
             spent = time.perf_counter() - start
             setattr(self.stats, field, getattr(self.stats, field) + spent)
 
-    def _count(self, bucket: Bucket, payload: Tensor) -> None:
+    def _count(self, bucket: Bucket, payload_bytes: int) -> None:
         if self.comm.world_size == 1:
             return
         self.stats.dense_bytes += 4 * bucket.layout.offsets[-1]
-        self.stats.sent_bytes += payload.nbytes
-        self.stats.received_bytes += bucket.pattern.received_bytes(
-            self.comm.world_size, payload.nbytes
-        )
+        moved = bucket.pattern.traffic(self.comm.world_size, payload_bytes)
+        self.stats.sent_bytes += moved.sent
+        self.stats.received_bytes += moved.received
 
     def state_dict(self) -> dict[str, Any]:
         """The step, and the memory of every parameter by name."""
