@@ -26,6 +26,7 @@ def check(state: Any, model: nn.Module, steps: int) -> None:
     """The hook ran on each of `steps` steps, sent little, and left all ranks with one model."""
     stats = state.stats()
     numel = sum(p.numel() for p in model.parameters())
+    assert all(type(value) in (int, float, str) for value in stats.values()), stats  # a flat dict
     assert stats["steps"] == steps, stats
     assert stats["dense_bytes"] == steps * 4 * numel, stats
     assert 0 < stats["sent_bytes"] < stats["dense_bytes"] / 8, stats
