@@ -52,7 +52,7 @@ def _reference(arms: dict[tuple[str, float], list[Row]]) -> dict[int, float]:
     score = (0, float("-inf"))
     for (arm, _), own in arms.items():
         finals = {row["seed"]: row["final"] for row in own if row["final"] is not None}
-        if arm == "dense" and finals:
+        if arm.split(",")[0] == "dense" and finals:
             new = (len(finals), sign[own[0]["metric"]] * mean(finals.values()))
             if new > score:
                 best, score = finals, new

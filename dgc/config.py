@@ -67,7 +67,8 @@ class DGC(Compression):
 
     min_selected: int = 16
     """Elements of a parameter that are sent at least, >= 1, or all if it has fewer. At one element a
-    step, as `density` alone would have it, biases and small layers learn too slowly."""
+    step, as `density` alone would have it, biases and small layers learn too slowly: 0.5 points of
+    accuracy on LeNet-300-100 (docs/log.md, 2026-11-24)."""
 
     value_bits: int = 4
     """Bits of a sent value: 1, 2, 3, 4, 8, 16 or 32. What rounding loses stays in the residual."""
@@ -91,8 +92,8 @@ class DGC(Compression):
     momentum_masking: bool = True
     """Momentum factor masking: the momentum of what was sent is set to zero. Stable at learning
     rates where training without it diverges, but elements that are sent often then have less
-    momentum: try up to twice the learning rate of dense training. Without momentum correction there
-    is no local momentum, and nothing to mask."""
+    momentum: try up to twice the learning rate of dense training (docs/log.md, 2026-11-24).
+    Without momentum correction there is no local momentum, and nothing to mask."""
 
     local_accumulation: bool = True
     """What is not sent stays and is sent later. False forgets it, as an ablation."""

@@ -1,6 +1,6 @@
 """The end of the main job: prune, share and save the model that training left.
 
-    python -m launch.finish out/dgc/model.safetensors out/dgc/model.dgc
+python -m launch.finish out/dgc/model.safetensors out/dgc/model.dgc
 """
 
 import argparse
