@@ -3,17 +3,17 @@
 import copy
 import pickle
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dgc.model import prune, release, share
 from dgc.model.constrain import constrained
+from tests.processes import run_processes
 
 OPTIMIZERS: list[Callable[..., torch.optim.Optimizer]] = [
     lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
@@ -234,8 +234,8 @@ def test_release_leaves_a_plain_model() -> None:
     assert not model._forward_pre_hooks
 
 
-def ddp_rank(rank: int, folder: str, wrap_first: bool) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def ddp_rank(wrap_first: bool) -> dict[str, Tensor]:
+    rank = dist.get_rank()
     # Different seeds: DDP broadcasts rank 0's weights, and masks made before must follow them.
     model = make(rank)
     if wrap_first:
@@ -252,13 +252,13 @@ def ddp_rank(rank: int, folder: str, wrap_first: bool) -> None:
         step(ddp, optimizer, 10 * turn + rank)
         pruned_stay_zero(model, masks)
         groups_agree(model)
-    torch.save(dict(model.state_dict()), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return dict(model.state_dict())
 
 
-@pytest.mark.parametrize("wrap_first", [True, False])
-def test_two_ddp_ranks_stay_equal_and_constrained(tmp_path: Path, wrap_first: bool) -> None:
-    mp.spawn(ddp_rank, args=(str(tmp_path), wrap_first), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert list(first) == list(second)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def test_two_ddp_ranks_stay_equal_and_constrained() -> None:
+    checks = {f"wrap first: {first}": partial(ddp_rank, first) for first in (True, False)}
+    for name, (first, second) in run_processes(2, checks).items():
+        assert isinstance(first, dict), f"{name}\n{first}"
+        assert isinstance(second, dict), f"{name}\n{second}"
+        assert list(first) == list(second)
+        assert all(torch.equal(first[key], second[key]) for key in first)
