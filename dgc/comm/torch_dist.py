@@ -1,7 +1,11 @@
 """`Communicator` over a torch.distributed process group (gloo, nccl)."""
 
+import atexit
+import ctypes
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +32,19 @@ def _checked(call: Callable[[], T]) -> T:
         ) from error
 
 
+# A gloo thread that drops the last reference to a collective's tensors needs the interpreter, and
+# ends the process (SIGABRT) if that is already shutting down. So the last ones are never freed, and
+# threads that still hold earlier ones get time to let go.
+_last: deque[Any] = deque(maxlen=4)
+
+
+@atexit.register
+def _settle() -> None:
+    if _last:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(_last))
+        time.sleep(0.05)
+
+
 class _Pending:
     def __init__(self, work: Any, result: Tensor) -> None:
         self.work, self.result = work, result
@@ -48,9 +65,6 @@ class TorchCommunicator:
     def __init__(self, group: dist.ProcessGroup | None = None, *, owner: bool = False) -> None:
         self.group, self.owner = group, owner
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        # A gloo thread that drops the last reference to work launched in a backward pass needs the
-        # interpreter, and ends the process (SIGABRT) if that is already shutting down: keep the last.
-        self._works: deque[Any] = deque(maxlen=4)
         uses_nccl = dist.get_backend(group) == "nccl"
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if uses_nccl else torch.device("cpu")
@@ -74,26 +88,31 @@ class TorchCommunicator:
         return self._pending(work, result)
 
     def _pending(self, work: Any, result: Tensor) -> Handle:
-        self._works.append(work)
+        _last.append(work)
         return _Pending(work, result)
 
     def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
         sent = [m.numel() for m in messages]
         sizes = torch.tensor(sent, device=self.device)
-        theirs = torch.empty_like(sizes)
-        _checked(lambda: dist.all_to_all_single(theirs, sizes, group=self.group))
-        received = theirs.tolist()
+        received: list[int] = self._exchange(torch.empty_like(sizes), sizes).tolist()
         result = messages[0].new_empty(sum(received))
-        packed = torch.cat(list(messages))
-        _checked(lambda: dist.all_to_all_single(result, packed, received, sent, group=self.group))
+        self._exchange(result, torch.cat(list(messages)), received, sent)
         return list(torch.split(result, received))
+
+    def _exchange(self, result: Tensor, *args: Any) -> Tensor:
+        exchange = partial(dist.all_to_all_single, group=self.group, async_op=True)
+        work = _checked(lambda: exchange(result, *args))
+        return self._pending(work, result).wait()
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
         source = root if self.group is None else dist.get_global_rank(self.group, root)
-        _checked(lambda: dist.broadcast(tensor, source, group=self.group))
+        group = self.group
+        work = _checked(lambda: dist.broadcast(tensor, source, group=group, async_op=True))
+        self._pending(work, tensor).wait()
 
     def barrier(self) -> None:
-        _checked(lambda: dist.barrier(group=self.group))
+        work = _checked(lambda: dist.barrier(group=self.group, async_op=True))
+        self._pending(work, torch.empty(0)).wait()
 
     def split(self, color: int) -> Communicator:
         colors = self.all_gather(torch.tensor([color], device=self.device)).wait().view(-1).tolist()

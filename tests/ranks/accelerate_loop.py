@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from dgc.integrations.accelerate import register
 from tests.integrations.loops import CONFIG, check, flat, net, samples
+from tests.processes import leave
 
 accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
 assert dist.get_world_size() == 2
@@ -44,4 +45,4 @@ def train(steps: int, *, resume: bool) -> torch.Tensor:
 
 whole = train(4, resume=False)
 assert torch.equal(whole, train(4, resume=True))
-accelerator.end_training()
+leave()

@@ -1,6 +1,5 @@
 """Lightning's Trainer on each rank: accumulation, clipping, checkpoints, and going on."""
 
-import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from dgc.integrations.lightning import DGCCallback
 from tests.integrations.loops import CONFIG, check, flat, net, samples
+from tests.processes import leave
 
 STEPS = 3
 
@@ -55,6 +55,4 @@ _, half = train(1)
 half.save_checkpoint(path)
 whole, _ = train(2)
 assert torch.equal(whole, train(2, resume=path)[0])
-del half
-gc.collect()  # trainers keep the process group, and its threads, alive past the end
-torch.distributed.destroy_process_group()
+leave()

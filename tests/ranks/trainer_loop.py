@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 import dgc
 from dgc.integrations.transformers import register
 from tests.integrations.loops import CONFIG, check, flat, net, samples
+from tests.processes import leave
 
 STEPS = 6
 
@@ -55,4 +56,4 @@ def train(resume: bool, adam: bool = False) -> Tensor:
 whole = train(resume=False)
 assert torch.equal(whole, train(resume=True))
 assert not torch.equal(whole, train(resume=False, adam=True))
-torch.distributed.destroy_process_group()
+leave()
