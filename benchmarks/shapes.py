@@ -23,3 +23,24 @@ def resnet50() -> list[tuple[int, ...]]:
     shapes += [(1000, channels), (1000,)]
     assert (len(shapes), sum(map(prod, shapes))) == (161, 25_557_032)
     return shapes
+
+
+def resnet18() -> list[tuple[int, ...]]:
+    """The 62 parameters of ResNet-18 for 1000 classes (He et al., 2015), in order of use.
+
+    Example:
+        >>> len(resnet18()), sum(map(prod, resnet18()))
+        (62, 11689512)
+    """
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
+    channels = 64
+    for width in (64, 128, 256, 512):
+        for entering in (channels, width):
+            shapes += [(width, entering, 3, 3), (width,), (width,)]
+            shapes += [(width, width, 3, 3), (width,), (width,)]
+            if entering != width:
+                shapes += [(width, entering, 1, 1), (width,), (width,)]
+        channels = width
+    shapes += [(1000, channels), (1000,)]
+    assert (len(shapes), sum(map(prod, shapes))) == (62, 11_689_512)
+    return shapes

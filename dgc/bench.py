@@ -5,51 +5,26 @@ the bytes of a rank's buffer (all-reduce) or of all messages (all-gather), algbw
 busbw = algbw · 2(P−1)/P or algbw · (P−1)/P, which a perfect link reaches whatever P is.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from statistics import median
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dgc.comm.base import Communicator
 from dgc.config import DGC, Dense
 from dgc.core.layout import Layout
 from dgc.errors import ConfigError
-from dgc.train.bucket import Bucket, CompressedBucket, DenseBucket, Row
+from dgc.train.bucket import Bucket, CompressedBucket, DenseBucket
+from dgc.train.measure import Cost, measure
+from dgc.train.memory import Memory
 from dgc.train.reducer import plan
 
 HEAD = (
     f"{'exchange':<22}{'elements':>12}{'bytes':>12}{'ratio':>8}{'code ms':>9}{'wait ms':>9}"
     f"{'total ms':>10}{'algbw GB/s':>12}{'busbw GB/s':>12}"
 )
-
-
-class Cost(NamedTuple):
-    """Of one exchange: the slowest rank's median."""
-
-    elements: int
-    payload_bytes: int
-    code_seconds: float
-    """Selecting, coding and decoding."""
-    wait_seconds: float
-    """From the start of the collective until its result is there."""
-
-    def plus(self, other: "Cost") -> "Cost":
-        """Both, one after the other."""
-        return Cost(
-            self.elements + other.elements,
-            self.payload_bytes + other.payload_bytes,
-            self.code_seconds + other.code_seconds,
-            self.wait_seconds + other.wait_seconds,
-        )
-
-    @property
-    def seconds(self) -> float:
-        return self.code_seconds + self.wait_seconds
 
 
 def sizes_of(model: str) -> dict[str, int]:
@@ -98,46 +73,13 @@ def buckets_of(sizes: dict[str, int], bucket_bytes: int) -> list[tuple[int, ...]
     return [tuple(sizes[name] for name in bucket) for bucket in names]
 
 
-def measure(bucket: Bucket, comm: Communicator, device: torch.device, repeats: int) -> Cost:
-    """Time `repeats` exchanges of gradients drawn anew, after two to warm up."""
-    numels = bucket.layout.numels
-    rows, used = [Row(lr=0.1, applied_lr=0.1)] * len(numels), [True] * len(numels)
-    times = []
-    for attempt in range(repeats + 2):
-        generator = torch.Generator().manual_seed(1000 * attempt + comm.rank)
-        grads = [torch.randn(numel, generator=generator).to(device) for numel in numels]
-        comm.barrier()
-        started = _now(device)
-        payload = bucket.send(grads, rows, used, bucket.density(attempt))
-        sent = _now(device)
-        gathered = bucket.pattern.start(comm, payload).wait()
-        arrived = _now(device)
-        bucket.receive_(gathered, grads, rows)
-        times.append((sent - started + _now(device) - arrived, arrived - sent))
-    code, wait = (median(column) for column in zip(*times[2:], strict=True))
-    slowest = _largest(torch.tensor([code, wait]), comm)
-    return Cost(sum(numels), payload.nbytes, *slowest)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _largest(values: Tensor, comm: Communicator) -> list[float]:
-    rows = comm.all_gather(values.to(comm.device)).wait()
-    found: list[float] = rows.max(dim=0).values.tolist()
-    return found
-
-
 def kinds(config: DGC, world_size: int) -> dict[str, Callable[[Layout], Bucket]]:
     """What is compared: a dense row, a 16-bit row, and the compressed one."""
     return {
         "dense fp32": lambda layout: DenseBucket(layout, torch.float32, world_size),
         "dense fp16": lambda layout: DenseBucket(layout, torch.float16, world_size),
         f"dgc {config.density:.3%} {config.value_bits} bit": lambda layout: CompressedBucket(
-            layout, config, world_size
+            Memory(layout, config), world_size
         ),
     }
 

@@ -9,7 +9,7 @@ from dgc.core.select import Selector, ThresholdTopK
 from dgc.errors import ConfigError
 
 VALUE_BITS = (1, 2, 3, 4, 8, 16, 32)
-PATTERNS = ("all-gather", "re-selecting")
+PATTERNS = ("all-gather", "dense", "hierarchical", "shared-indices", "re-selecting", "auto")
 _DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -107,8 +107,12 @@ class DGC(Compression):
 
     pattern: str = "all-gather"
     """How messages travel. "all-gather": all to all ranks, so a rank receives in proportion to their
-    number. "re-selecting": owners of regions sum and select again, so it receives about the same
-    however many ranks there are; what they drop stays in their residuals."""
+    number. "hierarchical": ranks of a host sum their gradients, messages travel between hosts.
+    "shared-indices": ranks choose by turns what all send; flat in the number of ranks.
+    "re-selecting": owners of regions sum and select again; flat too, and what they drop stays in
+    their residuals. "dense": all of the residual, uncoded. "auto": the fastest by costs measured at
+    the start, for each density of the warm-up; rank 0 says which on stderr. Runs with "auto" may
+    differ in the last bits, as the choice may."""
 
     exclude: tuple[str, ...] = ()
     """Patterns (`fnmatch`) of the names of parameters that are exchanged dense."""

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,15 +16,24 @@ T = TypeVar("T")
 class ThreadCommunicator(SelfCommunicator):
     """Collectives among threads. Results are made by summing and stacking in order of rank."""
 
-    def __init__(self, rank: int, barrier: threading.Barrier, slots: list[Tensor | None]) -> None:
+    def __init__(
+        self, rank: int, barrier: threading.Barrier, slots: list[Any], per_host: int = 1
+    ) -> None:
         self.rank, self.world_size = rank, barrier.parties
+        self.host = f"host{rank // per_host}"
         self.shared_barrier, self.slots = barrier, slots
         self.sent_bytes = 0
+        self.parts: list[ThreadCommunicator] = []
 
     def _exchange(self, tensor: Tensor) -> list[Tensor]:
-        self.slots[self.rank] = tensor.clone()
+        everybody: list[Tensor] = self._share(tensor.clone())
+        return [each.clone() for each in everybody]
+
+    def _share(self, item: Any) -> list[Any]:
+        """What every rank gave."""
+        self.slots[self.rank] = item
         self.shared_barrier.wait(timeout=60)
-        everybody = [each.clone() for each in self.slots if each is not None]
+        everybody = list(self.slots)
         self.shared_barrier.wait(timeout=60)
         return everybody
 
@@ -36,29 +45,48 @@ class ThreadCommunicator(SelfCommunicator):
         self.sent_bytes += tensor.nbytes
         return Done(tensor.copy_(torch.stack(self._exchange(tensor)).sum(dim=0)))
 
+    def reduce_scatter(self, tensor: Tensor) -> Done:
+        self.sent_bytes += tensor.nbytes
+        return Done(torch.stack(self._exchange(tensor)).sum(dim=0)[self.rank])
+
+    def split(self, color: int) -> "ThreadCommunicator":
+        colors = torch.cat(self._exchange(torch.tensor([color]))).tolist()
+        members = [rank for rank, each in enumerate(colors) if each == color]
+        shared = self._share((threading.Barrier(len(members)), [None] * len(members)))
+        part = ThreadCommunicator(members.index(self.rank), *shared[members[0]])
+        self.parts.append(part)
+        return part
+
     def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
         sizes = torch.stack(self._exchange(torch.tensor([m.numel() for m in messages])))
         everybody = self._exchange(torch.cat(list(messages)))
-        self.sent_bytes += sum(m.nbytes for m in messages)
+        self.sent_bytes += sum(8 + m.nbytes for i, m in enumerate(messages) if i != self.rank)
         return [
             sent.split(row)[self.rank] for sent, row in zip(everybody, sizes.tolist(), strict=True)
         ]
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
+        self.sent_bytes += tensor.nbytes if self.rank == root else 0
         tensor.copy_(self._exchange(tensor)[root])
 
     def barrier(self) -> None:
         self.shared_barrier.wait(timeout=60)
 
 
-def run_ranks(world_size: int, body: Callable[[ThreadCommunicator], T]) -> list[T]:
-    """What `body(comm)` returns on each rank; the first error of any rank is raised."""
+def run_ranks(
+    world_size: int, body: Callable[[ThreadCommunicator], T], per_host: int = 1
+) -> list[T]:
+    """What `body(comm)` returns on each rank; the first error of any rank is raised.
+
+    Args:
+        per_host: how many ranks share a host.
+    """
     barrier = threading.Barrier(world_size)
-    slots: list[Tensor | None] = [None] * world_size
+    slots: list[Any] = [None] * world_size
 
     def run(rank: int) -> T:
         try:
-            return body(ThreadCommunicator(rank, barrier, slots))
+            return body(ThreadCommunicator(rank, barrier, slots, per_host))
         except BaseException:
             barrier.abort()
             raise

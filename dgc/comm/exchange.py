@@ -1,21 +1,31 @@
-"""Patterns: how the payloads of all ranks reach all ranks."""
+"""Patterns: how the payloads of all ranks reach all ranks.
 
+Costs in the docstrings: P ranks, α seconds of latency a message, β seconds a byte.
+"""
+
+import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from dgc.comm.base import Communicator, Handle
+from dgc.comm.base import Communicator, Done, Handle
+from dgc.comm.hosts import Hosts
 
+T = TypeVar("T")
 _MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # the golden ratio's bits as int64: spreads any stride
 
 
 class Traffic(NamedTuple):
-    """Bytes that one exchange moved, as one rank sees it."""
+    """What one exchange moved, as one rank sees it."""
 
     sent: int
     received: int
+    local: int = 0
+    """Bytes given to the communicator inside the host, not counted in `sent`."""
+    code_seconds: float = 0.0
+    """Spent in coding between the stages of the exchange."""
 
 
 class Pattern(Protocol):
@@ -31,9 +41,12 @@ class Pattern(Protocol):
 
 
 class CodedAllGather:
-    """Every rank gets every message, `[P, n]`: (P−1)·n bytes; exact, best for few ranks."""
+    """Every rank gets every message, `[P, n]`; exact, best for few ranks.
 
-    name = "coded all-gather"
+    Messages of n bytes: (P−1)·(α + n·β); received (P−1)·n bytes.
+    """
+
+    name = "all-gather"
 
     def start(self, comm: Communicator, payload: Tensor) -> Handle:
         return comm.all_gather(payload)
@@ -43,9 +56,12 @@ class CodedAllGather:
 
 
 class DenseAllReduce:
-    """Every rank gets the sum: 2·n·(P−1)/P bytes in a ring."""
+    """Every rank gets the sum.
 
-    name = "dense all-reduce"
+    A payload of n bytes in a ring: 2·(P−1)·(α + n/P·β); received 2·(P−1)/P·n bytes.
+    """
+
+    name = "dense"
 
     def start(self, comm: Communicator, payload: Tensor) -> Handle:
         return comm.all_reduce(payload)
@@ -54,16 +70,124 @@ class DenseAllReduce:
         return Traffic(payload_bytes, _ring(world_size, payload_bytes))
 
 
-class ReselectingAllReduce:
+class _Staged:
+    """A pattern of several stages, between which callbacks code; the first may start early."""
+
+    def __init__(self) -> None:
+        self._moved = Traffic(0, 0)
+
+    def traffic(self, world_size: int, payload_bytes: int) -> Traffic:
+        return self._moved
+
+    def _code(self, function: Callable[..., T], *args: object) -> T:
+        start = time.perf_counter()
+        result = function(*args)
+        self._add(seconds=time.perf_counter() - start)
+        return result
+
+    def _add(self, sent: int = 0, received: int = 0, local: int = 0, seconds: float = 0.0) -> None:
+        was = self._moved
+        self._moved = Traffic(
+            was.sent + sent, was.received + received, was.local + local, was.code_seconds + seconds
+        )
+
+
+class _Then:
+    """The handle of a first stage and what is to follow once it is waited for."""
+
+    def __init__(self, first: Handle, rest: Callable[[Tensor], Tensor]) -> None:
+        self.first, self.rest = first, rest
+
+    def wait(self) -> Tensor:
+        return self.rest(self.first.wait())
+
+
+class Hierarchical(_Staged):
+    """Dense inside a host, coded between hosts: each rank of a host codes its part of the sum.
+
+    H hosts of L ranks, α' and β' inside a host, n bytes of gradient, messages of m bytes each:
+
+        reduce-scatter inside                    (L−1)·(α' + n/L·β')
+        all-gather of the parts' messages        (H−1)·(α + m·β)
+        all-gather of these inside               (L−1)·(α' + H·m·β')
+
+    A rank receives (H−1)·m bytes from other hosts, and all L of a host about what one rank alone
+    would in an all-gather among H. Coding takes 1/L of the time.
+
+    Args:
+        hosts: which ranks share a host.
+        code: from the sum of this rank's part, row `[w]` of the payload `[L, w]`, to its message.
+    """
+
+    name = "hierarchical"
+
+    def __init__(self, hosts: Hosts, code: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.hosts, self.code = hosts, code
+
+    def start(self, comm: Communicator, payload: Tensor) -> Handle:
+        self._moved = Traffic(0, 0, payload.nbytes)
+        return _Then(self.hosts.inside.reduce_scatter(payload), self._rest)
+
+    def _rest(self, part: Tensor) -> Tensor:
+        """Messages uint8 `[L, H, m]`, by the place of their rank in its host, then by host."""
+        message = self._code(self.code, part)
+        gathered = self.hosts.between.all_gather(message).wait()
+        everything = self.hosts.inside.all_gather(gathered.view(-1)).wait()
+        others = self.hosts.between.world_size - 1
+        self._add(message.nbytes, others * message.nbytes, gathered.nbytes)
+        return everything.view(-1, *gathered.shape)
+
+
+class SharedIndices(_Staged):
+    """One rank chooses, by turns, which elements all ranks send; their values are summed.
+
+    An index message of i bytes and K fp32 values:
+
+        broadcast of the indices                 ⌈log₂ P⌉·(α + i·β)
+        all-reduce of the values                 2·(P−1)·(α + 4·K/P·β)
+
+    A rank receives i + 8·K·(P−1)/P bytes whatever P is.
+
+    Args:
+        values: from the chooser's message to the values of this rank, float32; None if the chooser
+            has nothing to send.
+
+    Source: the cyclic local top-k of ScaleCom (Chen et al., NeurIPS 2020).
+    """
+
+    name = "shared-indices"
+
+    def __init__(self, values: Callable[[Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.values, self.root = values, 0
+
+    def start(self, comm: Communicator, payload: Tensor) -> Handle:
+        return _Then(Done(payload), lambda message: self._rest(comm, message))
+
+    def _rest(self, comm: Communicator, message: Tensor) -> Tensor:
+        comm.broadcast_(message, self.root)
+        chooses, size = comm.rank == self.root, message.nbytes
+        self._moved = Traffic(size * chooses, size * (not chooses))
+        values = self._code(self.values, message)
+        if values is None:
+            return torch.zeros(0, device=message.device)
+        self._add(values.nbytes, _ring(comm.world_size, values.nbytes))
+        return comm.all_reduce(values).wait()
+
+
+class ReselectingAllReduce(_Staged):
     """Every index has one owner, who sums what all ranks sent for it and keeps the largest sums.
 
-        all-reduce of a small int64 agreement            2·a·(P−1)/P bytes
-        all-to-all: 1/P of a rank's K values to each     (P−1)/P · K·b
-        owners sum and keep c·K/P values                 nothing
-        all-gather of what they kept                     (P−1)/P · c·K·b
+    K values of b bytes from each rank, of which owners keep c·K in all, T tensors:
 
-    In all about (1 + c)·K·b bytes a rank for values of b bytes, whatever the number of ranks; each
-    of the 2·(P−1) messages adds about 30 bytes. What an owner drops goes back into its residual.
+        all-reduce of an int64 agreement         2·(P−1)·(α + 8·(3·T+1)/P·β)
+        all-to-all: 1/P of the values to each    2·(P−1)·(α + K/P·b·β), sizes first
+        owners sum and keep c·K/P values         nothing
+        all-gather of what they kept             (P−1)·(α + c·K/P·b·β)
+
+    A rank receives about (1 + c)·K·b bytes whatever P is, and 30 in each of 2·(P−1) headers. What
+    an owner drops goes back into its residual.
 
     Args:
         route: from the agreement, summed over ranks, to one uint8 message for each owner; None if
@@ -73,45 +197,32 @@ class ReselectingAllReduce:
     Source: the balanced regions and second selection of Ok-Topk (Li and Hoefler, PPoPP 2022).
     """
 
-    name = "re-selecting all-reduce"
+    name = "re-selecting"
 
     def __init__(
         self,
         route: Callable[[Tensor], Sequence[Tensor] | None],
         merge: Callable[[Sequence[Tensor]], Tensor],
     ) -> None:
+        super().__init__()
         self.route, self.merge = route, merge
-        self._moved = Traffic(0, 0)
 
     def start(self, comm: Communicator, payload: Tensor) -> Handle:
-        return _Reselection(self, comm, comm.all_reduce(payload))
+        self._moved = Traffic(payload.nbytes, _ring(comm.world_size, payload.nbytes))
+        return _Then(comm.all_reduce(payload), lambda agreement: self._rest(comm, agreement))
 
-    def run(self, comm: Communicator, agreement: Tensor) -> Tensor:
-        """All but the agreement: the owners' messages `[P, n]`, or `[P, 0]` if nothing is sent."""
-        own, peers, size = comm.rank, comm.world_size - 1, agreement.nbytes
-        self._moved = Traffic(size, _ring(comm.world_size, size))
-        messages = self.route(agreement)
+    def _rest(self, comm: Communicator, agreement: Tensor) -> Tensor:
+        """The owners' messages `[P, n]`, or `[P, 0]` if nothing is sent."""
+        own, peers = comm.rank, comm.world_size - 1
+        messages = self._code(self.route, agreement)
         if messages is None:
             return torch.zeros(comm.world_size, 0, dtype=torch.uint8, device=agreement.device)
         received = comm.all_to_all(messages)
-        merged = self.merge(received)
-        sizes = 8 * peers + peers * merged.nbytes
+        merged = self._code(self.merge, received)
         out = sum(m.nbytes for i, m in enumerate(messages) if i != own)
         back = sum(m.nbytes for i, m in enumerate(received) if i != own)
-        sent = self._moved.sent + out + 8 * peers + merged.nbytes
-        self._moved = Traffic(sent, self._moved.received + back + sizes)
+        self._add(out + 8 * peers + merged.nbytes, back + 8 * peers + peers * merged.nbytes)
         return comm.all_gather(merged).wait()
-
-    def traffic(self, world_size: int, payload_bytes: int) -> Traffic:
-        return self._moved
-
-
-class _Reselection:
-    def __init__(self, pattern: ReselectingAllReduce, comm: Communicator, agreed: Handle) -> None:
-        self.pattern, self.comm, self.agreed = pattern, comm, agreed
-
-    def wait(self) -> Tensor:
-        return self.pattern.run(self.comm, self.agreed.wait())
 
 
 class Regions(NamedTuple):

@@ -1,5 +1,6 @@
 """`Communicator` over Horovod's own communication, whichever of MPI, Gloo and NCCL it runs on."""
 
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -77,7 +78,7 @@ class HorovodCommunicator:
             raise ConfigError(f"timeout_seconds is {timeout_seconds}: give a positive number")
         self.set = process_set or self.hvd.global_process_set
         self.timeout_seconds = timeout_seconds
-        self.device = torch.device("cpu")
+        self.device, self.host = torch.device("cpu"), socket.gethostname()
         self.rank: int = self.set.rank()
         self.world_size: int = self.set.size()
         set_id = self.set.process_set_id

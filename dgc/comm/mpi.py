@@ -74,7 +74,7 @@ class MpiCommunicator:
             raise ConfigError(f"timeout_seconds is {timeout_seconds}: give a positive number")
         self.comm = (comm or self.mpi.COMM_WORLD).Dup()
         self.timeout_seconds = timeout_seconds
-        self.device = torch.device("cpu")
+        self.device, self.host = torch.device("cpu"), self.mpi.Get_processor_name()
         self.rank: int = self.comm.Get_rank()
         self.world_size: int = self.comm.Get_size()
 

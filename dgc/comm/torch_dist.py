@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -64,7 +65,9 @@ class TorchCommunicator:
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, owner: bool = False) -> None:
         self.group, self.owner = group, owner
+        self._parts: list[TorchCommunicator] = []
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self.host = socket.gethostname()
         uses_nccl = dist.get_backend(group) == "nccl"
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if uses_nccl else torch.device("cpu")
@@ -116,13 +119,13 @@ class TorchCommunicator:
 
     def split(self, color: int) -> Communicator:
         colors = self.all_gather(torch.tensor([color], device=self.device)).wait().view(-1).tolist()
-        mine: Communicator = SelfCommunicator()
-        for each in sorted(set(colors)):  # every rank must take part in making every group
-            members = [self._global_rank(r) for r, c in enumerate(colors) if c == each]
-            group = dist.new_group(members)
-            if each == color and len(members) > 1:
-                mine = TorchCommunicator(group)
-        return mine
+        members = [self._global_rank(r) for r, c in enumerate(colors) if c == color]
+        if len(members) == 1:
+            return SelfCommunicator()
+        # Ranks outside this communicator do not take part.
+        part = TorchCommunicator(dist.new_group(members, use_local_synchronization=True))
+        self._parts.append(part)
+        return part
 
     def _global_rank(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
@@ -130,4 +133,7 @@ class TorchCommunicator:
     def close(self) -> None:
         if self.owner and dist.is_initialized():
             self.barrier()  # no rank leaves while another still reads from it
+            for part in self._parts:
+                del part.group  # its threads end with the last reference
+            self._parts.clear()
             dist.destroy_process_group()

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from dgc.comm.exchange import CodedAllGather, DenseAllReduce, Pattern
-from dgc.config import DGC
 from dgc.core.layout import Layout
 from dgc.train.memory import Memory
 from dgc.train.step import Arrival, Sent, abstain, receive_, send_
@@ -27,8 +26,16 @@ class Row(NamedTuple):
     """What the optimizer will multiply the mean by; divided out before."""
 
 
+def updates(rows: Sequence[Row]) -> Tensor:
+    """What `kernels.accumulate_` reads: float32 `[T, 4]`, rows (m, c, lr, nesterov)."""
+    return torch.tensor([row[:4] for row in rows], dtype=torch.float32)
+
+
 class Bucket(Protocol):
-    """Gradients to payload, and gathered payloads to mean gradients."""
+    """Gradients to payload, and gathered payloads to mean gradients.
+
+    What returns nothing does nothing unless it is overridden.
+    """
 
     layout: Layout
     pattern: Pattern
@@ -42,7 +49,7 @@ class Bucket(Protocol):
         grads: Sequence[Tensor] | None,
         rows: Sequence[Row],
         used: Sequence[bool],
-        density: float,
+        step: int,
     ) -> Tensor:
         """The payload of this rank. `grads` None: this rank's whole gradient is not finite."""
         ...
@@ -51,26 +58,34 @@ class Bucket(Protocol):
         """Overwrite `grads`, contiguous float32, with the mean over ranks."""
         ...
 
+    def applied_(self) -> None:
+        """All ranks apply this step."""
+        return
+
     def put_back_(self) -> None:
         """All ranks skip this step: what was sent returns to the memory."""
-        ...
+        return
 
     def forget_(self, index: int) -> None:
         """No rank used tensor `index`: its state becomes what it was before `send`."""
-        ...
+        return
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Views of the state of tensor `index`."""
         ...
 
+    def restored(self) -> None:
+        """The state was written to from outside."""
+        return
 
-class CompressedBucket:
+
+class CompressedBucket(Bucket):
     """Deep Gradient Compression: the largest accumulated values, coded."""
 
-    def __init__(self, layout: Layout, config: DGC, world_size: int) -> None:
-        self.layout, self.config, self.world_size = layout, config, world_size
+    def __init__(self, memory: Memory, world_size: int) -> None:
+        self.memory, self.world_size = memory, world_size
+        self.layout, self.config = memory.layout, memory.config
         self.pattern: Pattern = CodedAllGather()
-        self.memory = Memory(layout, config)
         self._sent: Sent | None = None
         self._before: dict[int, dict[str, Tensor]] = {}
 
@@ -82,14 +97,14 @@ class CompressedBucket:
         grads: Sequence[Tensor] | None,
         rows: Sequence[Row],
         used: Sequence[bool],
-        density: float,
+        step: int,
     ) -> Tensor:
         self._snapshot(used)
+        density = density_at(step, self.config)
         if grads is None:
             message, self._sent = abstain(self.memory, density)
         else:
-            update = torch.tensor([row[:4] for row in rows], dtype=torch.float32)
-            message, self._sent = send_(self.memory, grads, update, density, used)
+            message, self._sent = send_(self.memory, grads, updates(rows), density, used)
         return message
 
     def _snapshot(self, used: Sequence[bool]) -> None:
@@ -111,7 +126,7 @@ class CompressedBucket:
         return self.memory.tensors(index)
 
 
-class DenseBucket:
+class DenseBucket(Bucket):
     """No compression: the mean of all gradients, one flag a tensor riding behind them."""
 
     def __init__(self, layout: Layout, dtype: torch.dtype, world_size: int) -> None:
@@ -126,7 +141,7 @@ class DenseBucket:
         grads: Sequence[Tensor] | None,
         rows: Sequence[Row],
         used: Sequence[bool],
-        density: float,
+        step: int,
     ) -> Tensor:
         numel, device = self.layout.offsets[-1], self.layout.table.device
         payload = torch.empty(numel + len(used), dtype=self.dtype, device=device)
@@ -144,12 +159,6 @@ class DenseBucket:
         # A sum is finite only if every term is; fp32 terms of a sane gradient do not overflow it.
         finite = bool(gathered.sum(dtype=torch.float32).isfinite())
         return Arrival(finite, tuple((gathered[numel:] > 0).tolist()))
-
-    def put_back_(self) -> None:
-        pass
-
-    def forget_(self, index: int) -> None:
-        pass
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         return {}

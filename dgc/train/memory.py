@@ -1,5 +1,7 @@
 """What a rank keeps of its gradients: momentum u and residual v of one bucket."""
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,15 @@ class Memory:
         self.v = torch.zeros(numel, device=device)
         self.thresholds = config.selector.state(layout)
 
+    def part(self, layout: Layout, start: int) -> "Memory":
+        """The elements from `start` on that `layout` describes: shares u and v."""
+        part = copy(self)
+        part.layout, part.thresholds = layout, self.config.selector.state(layout)
+        end = start + layout.offsets[-1]
+        part.u = None if self.u is None else self.u[start:end]
+        part.v = self.v[start:end]
+        return part
+
     def release_(self, batch: SparseBatch, sent: Tensor) -> Tensor | None:
         """Take what was sent out of `v`; the momentum that masking cleared is returned."""
         masking = self.config.momentum_masking and self.u is not None
@@ -41,6 +52,10 @@ class Memory:
         self.v[places] += sent
         if cleared is not None and self.u is not None:
             self.u[places] = cleared
+
+    def at(self, batch: SparseBatch) -> Tensor:
+        """The residual at the places of `batch`, float32 `[K]`."""
+        return self.v[self._places(batch)]
 
     def _places(self, batch: SparseBatch) -> Tensor:
         """Positions of the selected elements in the flat state, int64 `[K]`."""

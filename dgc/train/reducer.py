@@ -17,9 +17,9 @@ from dgc.config import DGC, Compression, Dense
 from dgc.core import kernels
 from dgc.core.layout import Layout
 from dgc.errors import GradientError, StateError
-from dgc.train.bucket import Bucket, CompressedBucket, DenseBucket, Row
+from dgc.train.bucket import Bucket, DenseBucket, Row
 from dgc.train.clip import local_clip_scale
-from dgc.train.reselect import ReselectingBucket
+from dgc.train.patterns import Patterns
 from dgc.train.stats import Stats
 from dgc.train.step import Arrival
 
@@ -50,6 +50,7 @@ class Reducer:
         self.params, self.config, self.comm = dict(params), config, comm
         self.rows, self.loss_scale = rows, loss_scale
         self.names = plan(self.params, config)
+        self._patterns = self._make_patterns()
         self.buckets = [self._bucket(names) for names in self.names]
         self.stats = Stats(pattern=self.buckets[0].pattern.name)
         self.step = 0
@@ -63,16 +64,22 @@ class Reducer:
         self._given: dict[str, Tensor] = {}
         self._unused: set[str] = set()
         self._missing = [len(names) for names in self.names]
-        self._started: list[tuple[Handle, list[Row], int]] = []
+        self._started: list[tuple[Handle, list[Row], int, float]] = []
         self._clip_scale: float | None = None
 
+    def _make_patterns(self) -> Patterns | None:
+        if not isinstance(self.config, DGC):
+            return None
+        compressed = [names for names in self.names if not is_excluded(names[0], self.config)]
+        return Patterns(self.config, self.comm, [self._numels(names) for names in compressed])
+
+    def _numels(self, names: tuple[str, ...]) -> tuple[int, ...]:
+        return tuple(self.params[name].numel() for name in names)
+
     def _bucket(self, names: tuple[str, ...]) -> Bucket:
-        numels = [self.params[name].numel() for name in names]
-        layout = Layout.of(numels, self.params[names[0]].device)
-        if isinstance(self.config, DGC) and not is_excluded(names[0], self.config):
-            if self.config.pattern == "re-selecting":
-                return ReselectingBucket(layout, self.config, self.comm.world_size, self.comm.rank)
-            return CompressedBucket(layout, self.config, self.comm.world_size)
+        layout = Layout.of(self._numels(names), self.params[names[0]].device)
+        if self._patterns is not None and not is_excluded(names[0], self.config):
+            return self._patterns.bucket(layout)
         dtype = self.config.dtype if isinstance(self.config, Dense) else torch.float32
         return DenseBucket(layout, dtype, self.comm.world_size)
 
@@ -122,7 +129,9 @@ class Reducer:
         arrivals = [self._receive(i) for i in range(len(self.buckets))]
         finite = all(arrival.finite for arrival in arrivals)
         for names, bucket, arrival in zip(self.names, self.buckets, arrivals, strict=True):
-            if not finite:
+            if finite:
+                bucket.applied_()
+            else:
                 bucket.put_back_()
                 for name in names:  # as a dense exchange would leave it, and a scaler looks for it
                     self._grad(name).fill_(torch.nan)
@@ -156,10 +165,14 @@ class Reducer:
             grads = [self._grad(name) for name in names] if math.isfinite(scale) else None
             rows = [self.rows(name) for name in names]
             rows = [row._replace(gain=row.gain * scale) for row in rows]
-            density = bucket.density(self.step)
-            payload = bucket.send(grads, rows, used, density)
-        self.stats.density = density if index == 0 else min(density, self.stats.density)
-        self._started.append((bucket.pattern.start(self.comm, payload), rows, payload.nbytes))
+            payload = bucket.send(grads, rows, used, self.step)
+        density = bucket.density(self.step)
+        if index == 0:
+            self.stats.density, self.stats.pattern = density, bucket.pattern.name
+        self.stats.density = min(density, self.stats.density)
+        started = time.perf_counter()
+        handle = bucket.pattern.start(self.comm, payload)
+        self._started.append((handle, rows, payload.nbytes, started))
 
     def _scale(self) -> float:
         """The clipping factor of this step; nan if clipping finds the gradient not finite."""
@@ -194,10 +207,10 @@ class Reducer:
 
     def _receive(self, index: int) -> Arrival:
         bucket, names = self.buckets[index], self.names[index]
-        handle, rows, payload_bytes = self._started[index]
+        handle, rows, payload_bytes, started = self._started[index]
         with self._timed("exchange_seconds"), record_function("dgc::exchange"):
             gathered = handle.wait()
-        self._count(bucket, payload_bytes)
+        self._count(bucket, payload_bytes, time.perf_counter() - started)
         with self._timed("compress_seconds"):
             grads = [self._grad(name) for name in names]
             dense = [g.to(torch.float32).contiguous() for g in grads]
@@ -217,13 +230,17 @@ class Reducer:
             spent = time.perf_counter() - start
             setattr(self.stats, field, getattr(self.stats, field) + spent)
 
-    def _count(self, bucket: Bucket, payload_bytes: int) -> None:
+    def _count(self, bucket: Bucket, payload_bytes: int, under_way_seconds: float) -> None:
         if self.comm.world_size == 1:
             return
         self.stats.dense_bytes += 4 * bucket.layout.offsets[-1]
         moved = bucket.pattern.traffic(self.comm.world_size, payload_bytes)
         self.stats.sent_bytes += moved.sent
         self.stats.received_bytes += moved.received
+        self.stats.local_bytes += moved.local
+        self.stats.compress_seconds += moved.code_seconds
+        self.stats.exchange_seconds -= moved.code_seconds
+        self.stats.under_way_seconds += under_way_seconds - moved.code_seconds
 
     def state_dict(self) -> dict[str, Any]:
         """The step, and the memory of every parameter by name."""
@@ -253,6 +270,7 @@ class Reducer:
             for index, name in enumerate(names):
                 for key, tensor in bucket.tensors(index).items():
                     tensor.copy_(state["memory"][name][key])
+            bucket.restored()
         self.step = state["step"]
 
 

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dgc.comm.exchange import Pattern, Regions, ReselectingAllReduce
-from dgc.config import DGC
+from dgc.comm.exchange import Regions, ReselectingAllReduce
 from dgc.core import SparseBatch
-from dgc.core.layout import Layout
 from dgc.errors import WireError
 from dgc.train import wire
-from dgc.train.bucket import CompressedBucket, Row
-from dgc.train.step import Arrival, Sent, message_plan
+from dgc.train.bucket import CompressedBucket, Row, updates
+from dgc.train.memory import Memory
+from dgc.train.step import Arrival, Sent, message_plan, set_sparse_
+from dgc.train.warmup import density_at
 
 KEPT = 4
 """Owners keep KEPT·K/P sums each: an exchange applies up to KEPT times what one rank sends."""
@@ -30,11 +30,11 @@ class ReselectingBucket(CompressedBucket):
     residual: Σ over ranks of (residual + sent) is conserved.
     """
 
-    def __init__(self, layout: Layout, config: DGC, world_size: int, rank: int) -> None:
-        super().__init__(layout, config, world_size)
+    def __init__(self, memory: Memory, world_size: int, rank: int) -> None:
+        super().__init__(memory, world_size)
         self.rank = rank
-        self.pattern: Pattern = ReselectingAllReduce(self._route, self._merge)
-        self.regions = Regions(layout.offsets[-1], world_size)
+        self.pattern = ReselectingAllReduce(self._route, self._merge)
+        self.regions = Regions(self.layout.offsets[-1], world_size)
         self._owed: tuple[Tensor, Tensor] | None = None
 
     def send(
@@ -42,19 +42,24 @@ class ReselectingBucket(CompressedBucket):
         grads: Sequence[Tensor] | None,
         rows: Sequence[Row],
         used: Sequence[bool],
-        density: float,
+        step: int,
     ) -> Tensor:
         """The agreement, int64 `[3T+1]`: exponents, who has one, who used it, who is not finite."""
         self._snapshot(used)
-        device = self.layout.table.device
+        device, density = self.layout.table.device, density_at(step, self.config)
         self._owed, self._counts = None, message_plan(self.layout.numels, density, self.config)[0]
         empty = torch.zeros(0, device=device)
         self._batch = SparseBatch(empty.long(), empty, (0,) * len(used), self.layout.numels)
         finite, memory = False, self.memory
         if grads is not None:
-            update = torch.tensor([row[:4] for row in rows], dtype=torch.float32)
             finite, self._batch = self.config.selector.accumulate_select_(
-                grads, memory.u, memory.v, self.layout, update, self._counts, memory.thresholds
+                grads,
+                memory.u,
+                memory.v,
+                self.layout,
+                updates(rows),
+                self._counts,
+                memory.thresholds,
             )
         self._sent = Sent(SparseBatch(empty.long(), empty, (0,) * len(used), ()), empty, None)
         exponents, known = self._exponents() if finite else torch.zeros(2, len(used)).long()
@@ -139,9 +144,8 @@ class ReselectingBucket(CompressedBucket):
         values = torch.ldexp(values, self._scale[tensors])
         sizes = torch.bincount(tensors, minlength=len(grads)).tolist()
         local = at - self.layout.table[tensors]
-        runs = zip(grads, rows, local.split(sizes), values.split(sizes), strict=True)
-        for grad, row, where, what in runs:
-            grad.zero_().view(-1)[where] = what / (self.world_size * row.applied_lr)
+        batch = SparseBatch(local, values, tuple(sizes), self.layout.numels)
+        set_sparse_(grads, batch, [1 / (self.world_size * row.applied_lr) for row in rows])
         return Arrival(all(part[2] for part in parts), self._used)
 
     def put_back_(self) -> None:

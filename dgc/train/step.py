@@ -105,3 +105,9 @@ def receive_(messages: Tensor, grads: Sequence[Tensor], scales: Sequence[float])
     heads = wire.set_mean_(messages, grads, scales)
     used = zip(*(head.used for head in heads), strict=True)
     return Arrival(all(head.finite for head in heads), tuple(any(ranks) for ranks in used))
+
+
+def set_sparse_(grads: Sequence[Tensor], batch: SparseBatch, scales: Sequence[float]) -> None:
+    """g̅ ← scale · batch, zero elsewhere: overwrites T contiguous float32 `grads`."""
+    for grad, each, scale in zip(grads, batch.split(), scales, strict=True):
+        grad.zero_().view(-1)[each.indices] = each.values * scale

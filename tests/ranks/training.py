@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import dgc
+from dgc.config import PATTERNS
 from tests.threads import run_ranks
 from tests.workers import Toy, flat, gradients, train, wrap
 
@@ -18,7 +19,8 @@ CONFIGS = {
     "dgc": dgc.DGC(density=0.1, min_selected=1, value_bits=32, warmup_steps=4, bucket_bytes=100),
     "unmasked": dgc.DGC(density=0.1, min_selected=1, momentum_masking=False),
     "coded": dgc.DGC(density=0.1, min_selected=1, value_bits=4),
-    "dense": dgc.Dense(),
+    "uncompressed": dgc.Dense(),
+    **{name: dgc.DGC(density=0.1, value_bits=32, pattern=name) for name in PATTERNS[1:-1]},
 }
 
 
@@ -39,7 +41,7 @@ with dgc.init(sys.argv[1]) as rt:
             train(model, wrap(model, config, comm, OPTIONS), range(6), integers)  # type: ignore[arg-type]
             return flat(model)
 
-        wanted = run_ranks(rt.world_size, twin)[0]
+        wanted = run_ranks(rt.world_size, twin, per_host=rt.world_size)[0]
         assert torch.equal(flat(model), wanted), f"{name}: not what threads give"
 
         # Train 6, save, load, train 6 more: as 12 in one go.
