@@ -63,6 +63,9 @@ def compare(
             if name in options.without or (hosts == 4 and "hierarchical" in name):
                 continue
             row = {"hosts": hosts, "ranks_per_host": ranks_per_host, "rate": rate, "net": net}
+            if options.density and "{" in arm:
+                kind, _, config = arm.partition(":")
+                arm = f"{kind}:{json.dumps({**json.loads(config), 'density': options.density})}"
             row |= {"arm": name, **run(network, ranks_per_host, arm, net, options.seconds)}
             if RATES[rate] and "link_bytes" in row:
                 row["limit"] = 8 * row["link_bytes"] / RATES[rate]
@@ -128,7 +131,8 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--layouts", nargs="+", default=["4x1", "2x2"], help="hosts x ranks")
     parser.add_argument("--without", nargs="+", default=[], choices=ARMS, help="arms to leave out")
-    parser.add_argument("--seconds", type=float, default=6.0, help="about, of timed steps an arm")
+    parser.add_argument("--seconds", type=float, default=4.0, help="about, of timed steps an arm")
+    parser.add_argument("--density", type=float, help="of dgc's arms; its default if left out")
     parser.add_argument("--name", default="step_cpu2", help="of the files in benchmarks/results")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

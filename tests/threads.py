@@ -60,7 +60,7 @@ class ThreadCommunicator(SelfCommunicator):
     def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
         sizes = torch.stack(self._exchange(torch.tensor([m.numel() for m in messages])))
         everybody = self._exchange(torch.cat(list(messages)))
-        self.sent_bytes += sum(8 + m.nbytes for i, m in enumerate(messages) if i != self.rank)
+        self.sent_bytes += sum(4 + m.nbytes for i, m in enumerate(messages) if i != self.rank)
         return [
             sent.split(row)[self.rank] for sent, row in zip(everybody, sizes.tolist(), strict=True)
         ]

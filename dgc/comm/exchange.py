@@ -221,7 +221,7 @@ class ReselectingAllReduce(_Staged):
         merged = self._code(self.merge, received)
         out = sum(m.nbytes for i, m in enumerate(messages) if i != own)
         back = sum(m.nbytes for i, m in enumerate(received) if i != own)
-        self._add(out + 8 * peers + merged.nbytes, back + 8 * peers + peers * merged.nbytes)
+        self._add(out + 4 * peers + merged.nbytes, back + 4 * peers + peers * merged.nbytes)
         return comm.all_gather(merged).wait()
 
 

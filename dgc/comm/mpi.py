@@ -105,7 +105,7 @@ class MpiCommunicator:
 
     def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
         sent = [m.numel() for m in messages]
-        sizes, theirs = torch.tensor([sent, [0] * len(sent)])
+        sizes, theirs = torch.tensor([sent, [0] * len(sent)], dtype=torch.int32)
         asked = self.comm.Ialltoall(sizes.numpy(), theirs.numpy())
         received = self._pending(asked, (sizes,), theirs, sizes).wait().tolist()
         packed = torch.cat(list(messages)).cpu()

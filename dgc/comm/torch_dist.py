@@ -96,7 +96,7 @@ class TorchCommunicator:
 
     def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
         sent = [m.numel() for m in messages]
-        sizes = torch.tensor(sent, device=self.device)
+        sizes = torch.tensor(sent, dtype=torch.int32, device=self.device)
         received: list[int] = self._exchange(torch.empty_like(sizes), sizes).tolist()
         result = messages[0].new_empty(sum(received))
         self._exchange(result, torch.cat(list(messages)), received, sent)

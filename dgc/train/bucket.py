@@ -132,6 +132,7 @@ class DenseBucket(Bucket):
     def __init__(self, layout: Layout, dtype: torch.dtype, world_size: int) -> None:
         self.layout, self.dtype, self.world_size = layout, dtype, world_size
         self.pattern: Pattern = DenseAllReduce()
+        self._payload: Tensor | None = None
 
     def density(self, step: int) -> float:
         return 1.0
@@ -144,7 +145,9 @@ class DenseBucket(Bucket):
         step: int,
     ) -> Tensor:
         numel, device = self.layout.offsets[-1], self.layout.table.device
-        payload = torch.empty(numel + len(used), dtype=self.dtype, device=device)
+        if self._payload is None:  # kept: new memory costs as much time as a pass over it
+            self._payload = torch.empty(numel + len(used), dtype=self.dtype, device=device)
+        payload = self._payload
         if grads is None:
             return payload.fill_(torch.nan)
         for out, grad, row in zip(self.layout.split(payload[:numel]), grads, rows, strict=True):

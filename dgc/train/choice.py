@@ -191,7 +191,7 @@ def _bucket(costs: Costs, numels: tuple[int, ...], density: float, config: DGC) 
         + reduce.all_reduce(ranks, 4 * k),
         "re-selecting": code(k * (1 + kept / ranks), (1 + kept) * k)
         + reduce.all_reduce(ranks, 8 * (3 * len(numels) + 1))
-        + gather.all_to_all(ranks, 8 * ranks)
+        + gather.all_to_all(ranks, 4 * ranks)
         + gather.all_to_all(ranks, size + _HEADER * ranks)
         + gather.all_gather(ranks, size * kept / ranks + _HEADER),
     }

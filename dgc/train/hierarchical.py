@@ -61,6 +61,7 @@ class HierarchicalBucket(CompressedBucket):
         self.parts = [pieces_of(self.layout, *self.starts[i : i + 2]) for i in range(ranks)]
         device, own = self.layout.table.device, hosts.inside.rank
         self.part = memory.part(Layout.of(self._numels(own), device), self.starts[own])
+        self._payload: Tensor | None = None
         self.restored()
 
     def _numels(self, part: int) -> tuple[int, ...]:
@@ -81,9 +82,11 @@ class HierarchicalBucket(CompressedBucket):
         if not self._at_home:
             self._go_home()
         self._rows, self._density = rows, density_at(step, self.config)
-        payload = self.part.v.new_zeros(len(self.parts), self.room + len(used))
+        if self._payload is None:  # kept: new memory costs as much time as a pass over it
+            self._payload = self.part.v.new_zeros(len(self.parts), self.room + len(used))
+            self._flat = self.part.v.new_empty(self.layout.offsets[-1])
+        payload, flat = self._payload, self._flat
         payload[:, self.room :] = torch.tensor(used, dtype=torch.float32)
-        flat = self.part.v.new_empty(self.layout.offsets[-1])
         if grads is None:
             flat.fill_(torch.nan)
         else:

@@ -94,15 +94,11 @@ class AutoBucket(Bucket):
 
     def __init__(self, memory: Memory, patterns: Patterns) -> None:
         self.layout, self.config, self.patterns = memory.layout, memory.config, patterns
-        self._made: dict[str, Bucket] = {}
         self._memory = memory
         self._use("all-gather")
 
     def _use(self, pattern: str) -> None:
-        if pattern not in self._made:
-            self._made[pattern] = self.patterns.with_memory(pattern, self._memory)
-        self._now = self._made[pattern]
-        self._now.restored()
+        self._now = self.patterns.with_memory(pattern, self._memory)
 
     @property
     def pattern(self) -> Pattern:  # type: ignore[override]

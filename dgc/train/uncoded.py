@@ -21,6 +21,8 @@ class UncodedBucket(CompressedBucket):
     def __init__(self, memory: Memory, world_size: int) -> None:
         super().__init__(memory, world_size)
         self.pattern = DenseAllReduce()
+        # Kept: new memory of this size costs as much time as a pass over it.
+        self._payload = memory.v.new_empty(memory.v.numel() + len(memory.layout.numels) + 1)
 
     def density(self, step: int) -> float:
         return 1.0
@@ -34,11 +36,10 @@ class UncodedBucket(CompressedBucket):
     ) -> Tensor:
         """v, and behind it flags: of each tensor, who used it, and last who is not finite."""
         self._snapshot(used)
-        memory, numel = self.memory, self.layout.offsets[-1]
+        memory, payload, numel = self.memory, self._payload, self.layout.offsets[-1]
         finite = grads is not None and kernels.accumulate_(
             grads, memory.u, memory.v, self.layout, updates(rows)
         )
-        payload = memory.v.new_empty(numel + len(used) + 1)
         payload[:numel] = memory.v
         payload[numel:] = torch.tensor([*used, not finite])
         return payload
