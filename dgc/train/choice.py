@@ -79,7 +79,8 @@ class Costs(NamedTuple):
         for pair in (inside, between):
             own += [*pair.gather, *pair.reduce] if pair else []
         return cls._agreed(
-            cls(comm.world_size, count, links, inside, between, _coding(comm, sizes, config)), comm
+            cls(comm.world_size, count, links, inside, between, coding_of(comm, sizes, config)),
+            comm,
         )
 
     @staticmethod
@@ -98,7 +99,7 @@ class Costs(NamedTuple):
         return costs._replace(inside=found[0], between=found[1])
 
 
-class _Echo(SelfCommunicator):
+class Echo(SelfCommunicator):
     """Every rank sends what this one sends, at no cost."""
 
     def __init__(self, world_size: int) -> None:
@@ -108,11 +109,12 @@ class _Echo(SelfCommunicator):
         return Done(message.repeat(self.world_size, 1))
 
 
-def _coding(comm: Communicator, sizes: Sequence[tuple[int, ...]], config: DGC) -> Coding:
+def coding_of(comm: Communicator, sizes: Sequence[tuple[int, ...]], config: DGC) -> Coding:
+    """Time the coding of a sample of the largest bucket; every rank calls it."""
     numels = _sample(max(sizes, key=sum))
     numel, device = sum(numels), comm.device
     found: list[tuple[int, Cost]] = []
-    echo = _Echo(comm.world_size)
+    echo = Echo(comm.world_size)
     for density in _DENSITIES:
         sample = replace(config, density=density, warmup_steps=0)
         memory = Memory(Layout.of(numels, device), sample)
