@@ -1,10 +1,14 @@
-"""Rank 1 dies or hangs before step 3; the others must stop with a `CommError`."""
+"""Rank 1 dies, hangs, or is killed while it exchanges; the others must stop with a `CommError`."""
 
 import os
+import signal
 import sys
 import time
 
+from torch import Tensor
+
 import dgc
+from dgc.comm.base import Handle
 from dgc.errors import CommError
 from tests.workers import Toy, train, wrap
 
@@ -16,8 +20,17 @@ train(model, optimizer, range(3))
 if rt.rank == 1:
     if how == "dies":
         os._exit(17)
-    time.sleep(15)
-    os._exit(17)
+    if how == "hangs":
+        time.sleep(15)
+        os._exit(17)
+    started_gather = rt.comm.all_gather
+
+    def all_gather(message: Tensor) -> Handle:
+        started_gather(message)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("it is dead")
+
+    rt.comm.all_gather = all_gather  # type: ignore[method-assign]
 started = time.monotonic()
 try:
     train(model, optimizer, range(3, 100))
