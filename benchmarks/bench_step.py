@@ -5,7 +5,8 @@
 Emulated hosts (launch/emulate_hosts.py) and nets with the parameters of real ones and next to no
 compute (benchmarks/step_job.py), so that a step is what the exchange costs. Every arm is a job of
 its own; the dense one runs first and last, and ratios are to the mean of both. `limit` is the time
-that the bytes that crossed the link of host 0, headers included, take at the link's rate.
+that the bytes that crossed the link of host 0, headers included, take at the link's rate. Cases
+that the result file holds already and that are not run now stay in it, and in the picture.
 """
 
 import argparse
@@ -37,6 +38,7 @@ ARMS = {
     "DDP fp32 again": "ddp:fp32",
 }
 RATES = {"100mbit": 1e8, "1gbit": 1e9, "none": None}
+CASE = ("net", "hosts", "ranks_per_host", "rate")
 
 
 def run(hosts: EmulatedHosts, ranks_per_host: int, arm: str, net: str, seconds: float) -> Any:
@@ -57,12 +59,13 @@ def compare(
     hosts: int, ranks_per_host: int, rate: str, net: str, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """One row for each arm, the baseline first."""
-    rows = []
+    rows, commit = [], harness.setup()["commit"]
     with emulated_hosts(hosts, rate) as network:
         for name, arm in ARMS.items():
             if name in options.without or (hosts == 4 and "hierarchical" in name):
                 continue
-            row = {"hosts": hosts, "ranks_per_host": ranks_per_host, "rate": rate, "net": net}
+            row: dict[str, Any] = dict(zip(CASE, (net, hosts, ranks_per_host, rate), strict=True))
+            row["commit"] = commit
             if options.density and "{" in arm:
                 kind, _, config = arm.partition(":")
                 arm = f"{kind}:{json.dumps({**json.loads(config), 'density': options.density})}"
@@ -76,6 +79,10 @@ def compare(
         if "seconds" in row:
             row["faster"] = sum(dense) / len(dense) / row["seconds"]
     return rows
+
+
+def case(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in CASE)
 
 
 def printed(row: dict[str, Any]) -> dict[str, object]:
@@ -98,27 +105,24 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    cases = list(dict.fromkeys((r["net"], r["hosts"], r["ranks_per_host"]) for r in rows))
-    rates = list(dict.fromkeys(r["rate"] for r in rows))
+    cases = sorted({case(row)[:3] for row in rows})
+    rates = [rate for rate in RATES if any(row["rate"] == rate for row in rows)]
     names = [name for name in ARMS if not name.endswith("again")]
     figure, axes = pyplot.subplots(
         1, len(cases), figsize=(5 * len(cases), 5), sharey=True, squeeze=False
     )
-    for axis, case in zip(axes[0], cases, strict=True):
+    for axis, place in zip(axes[0], cases, strict=True):
         for i, rate in enumerate(rates):
             found = {
-                r["arm"]: r["faster"]
-                for r in rows
-                if (r["net"], r["hosts"], r["ranks_per_host"], r["rate"]) == (*case, rate)
-                and "faster" in r
+                r["arm"]: r["faster"] for r in rows if case(r) == (*place, rate) and "faster" in r
             }
-            places = [j + (i - (len(rates) - 1) / 2) * 0.25 for j in range(len(names))]
+            heights = [j + (i - (len(rates) - 1) / 2) * 0.25 for j in range(len(names))]
             label = "unshaped" if rate == "none" else rate
-            axis.barh(places, [found.get(name, 0) for name in names], 0.25, label=label)
+            axis.barh(heights, [found.get(name, 0) for name in names], 0.25, label=label)
         axis.set_yticks(range(len(names)), names)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set(xscale="log", xlabel="times as fast as DDP fp32")
-        axis.set_title(f"{case[0]}, {case[1]} hosts × {case[2]} ranks", fontsize=10)
+        axis.set_title("{}, {} hosts × {} ranks".format(*place), fontsize=10)
         axis.invert_yaxis()
     axes[0][0].legend()
     figure.tight_layout()
@@ -137,13 +141,14 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
-    rows: list[dict[str, Any]] = []
+    earlier = harness.RESULTS / f"{options.name}.json"
+    rows: list[dict[str, Any]] = json.loads(earlier.read_text())["rows"] if earlier.exists() else []
     for net in options.nets:
         for layout in options.layouts:
             hosts, ranks = map(int, layout.split("x"))
             for rate in options.rates:
                 found = compare(hosts, ranks, rate, net, options)
-                rows += found
+                rows = [row for row in rows if case(row) != case(found[0])] + found
                 print(f"\n{net}, {hosts} hosts of {ranks} ranks, {rate}\n", flush=True)
                 print(harness.table([printed(row) for row in found]), flush=True)
                 path = harness.save(options.name, {"rows": rows})

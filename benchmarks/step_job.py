@@ -64,7 +64,7 @@ def stepper(arm: str, net: ShapeNet) -> Any:
         # PowerSGD in one bucket: with several, its chained collectives run in another order on each
         # rank, and gloo ends the job.
         whole = {"bucket_cap_mb": 1024} if detail.startswith("powersgd") else {}
-        model = DistributedDataParallel(net, **whole)
+        model = DistributedDataParallel(net, gradient_as_bucket_view=True, **whole)
         optimizer: Any = sgd
         stats = None
         if detail == "fp16":
