@@ -94,6 +94,7 @@ def printed(row: dict[str, Any]) -> dict[str, object]:
         "× DDP fp32": row["faster"],
         "MB received": row["link_bytes"] / 1e6,
         "limit ms": 1e3 * row["limit"] if "limit" in row else "",
+        "hidden": row.get("overlap", ""),
         "pattern": row.get("pattern", ""),
     }
 

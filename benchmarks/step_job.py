@@ -24,6 +24,13 @@ from benchmarks import shapes
 
 _SPARE = 1 << 20
 _LEAST, _MOST = 2, 40
+COUNTED = (
+    "sent_bytes",
+    "received_bytes",
+    "compress_seconds",
+    "exchange_seconds",
+    "under_way_seconds",
+)
 
 
 class _Layer(torch.autograd.Function):
@@ -124,8 +131,9 @@ def main() -> None:
             row["link_bytes"] = (received_bytes() - link) / len(times)
         if stats:
             after = stats()
-            for key in ("sent_bytes", "received_bytes", "compress_seconds", "exchange_seconds"):
+            for key in COUNTED:
                 row[key] = (after[key] - before[key]) / len(times)
+            row["overlap"] = 1 - row["exchange_seconds"] / row["under_way_seconds"]
             row["pattern"] = after["pattern"]
         Path(out).write_text(json.dumps(row))
     sys.stdout.flush()
