@@ -28,6 +28,9 @@ GBITS = (1, 10, 25, 100)
 RANKS = [4 * 2**i for i in range(11)]
 FREE = Coding(0.0, 0.0, 0.0, 0.0, 0.0)
 PATTERNS = ("all-gather", "shared-indices", "re-selecting")
+COLOURS = dict(
+    zip(("dense", *PATTERNS), ("black", "tab:orange", "tab:green", "tab:red"), strict=True)
+)
 Sizes = list[tuple[int, ...]]
 
 
@@ -67,15 +70,17 @@ def picture(rows: list[dict[str, object]], path: Path) -> None:
         for axis, gbits in zip(line, GBITS, strict=False):
             found = [r for r in rows if (r["model"], r["Gbit/s"]) == (model, gbits)]
             for name in ("dense", *PATTERNS):
-                (drawn,) = axis.plot(RANKS, [r[name] for r in found], label=name)
+                axis.plot(RANKS, [r[name] for r in found], label=name, color=COLOURS[name])
                 if name != "dense":
                     free = [r[f"{name}, free coding"] for r in found]
-                    axis.plot(RANKS, free, ":", color=drawn.get_color())
+                    axis.plot(RANKS, free, ":", color=COLOURS[name])
             axis.set(xscale="log", yscale="log", title=f"{model}, {gbits} Gbit/s: seconds")
         for name in PATTERNS:
             found = [r for r in rows if (r["model"], r["Gbit/s"]) == (model, GBITS[0])]
-            line[-1].plot(RANKS, [r[f"{name}, break-even"] for r in found], label=name)
-        line[-1].set(xscale="log", yscale="log", title=f"{model}: break-even, Gbit/s")
+            limits = [r[f"{name}, break-even"] for r in found]
+            line[-1].plot(RANKS, limits, label=name, color=COLOURS[name])
+        line[-1].set(xscale="log", yscale="log", ylim=(0.1, None))
+        line[-1].set_title(f"{model}: break-even, Gbit/s")
     for axis in axes[-1]:
         axis.set_xlabel("ranks")
     axes[0][0].legend(fontsize=8)

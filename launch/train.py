@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dgc
-from dgc.config import Compression
+from dgc.config import PATTERNS, Compression
 from launch import fashion_mnist, models
 from launch.compress import accuracy
 
@@ -32,6 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--density", type=float, default=0.001, help="share of the gradient sent")
     parser.add_argument("--value-bits", type=int, default=dgc.DGC.value_bits)
     parser.add_argument("--warmup-epochs", type=float, default=0.5, help="of the density")
+    parser.add_argument("--pattern", choices=PATTERNS, default=dgc.DGC.pattern, help="of exchange")
     parser.add_argument("--clip-norm", type=float, default=None, help="local gradient clipping")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch", type=int, default=64, help="images a rank")
@@ -49,15 +50,11 @@ def compression(args: argparse.Namespace, steps_per_epoch: int) -> Compression:
     if args.compression in ("dense", "fp16", "bf16"):
         dtypes = {"dense": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
         return dgc.Dense(dtype=dtypes[args.compression])
-    warmup = round(args.warmup_epochs * steps_per_epoch)
+    chosen = {key: getattr(args, key) for key in ("density", "clip_norm", "pattern")}
+    chosen["warmup_steps"] = round(args.warmup_epochs * steps_per_epoch)
     if args.compression == "paper":
-        return dgc.DGC.paper(density=args.density, warmup_steps=warmup, clip_norm=args.clip_norm)
-    return dgc.DGC(
-        density=args.density,
-        value_bits=args.value_bits,
-        warmup_steps=warmup,
-        clip_norm=args.clip_norm,
-    )
+        return dgc.DGC.paper(**chosen)
+    return dgc.DGC(value_bits=args.value_bits, **chosen)
 
 
 def batches(rt: dgc.Runtime, args: argparse.Namespace, count: int, epoch: int) -> Tensor:
