@@ -1,8 +1,11 @@
 """The communicators and training in real processes."""
 
+import subprocess
+import sys
+
 import pytest
 
-from tests.launching import mpirun, torchrun
+from tests.launching import ROOT, environment, mpirun, torchrun
 
 LAUNCHES = [
     (torchrun, 2, "gloo"),
@@ -45,3 +48,17 @@ def test_a_dead_rank_stops_the_others(launch, backend, how) -> None:  # type: ig
     # mpirun kills the others itself when a rank exits; a rank that hangs is ours to find.
     if backend == "gloo" or how == "hangs":
         assert "rank 0 stopped after" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("ranks", [16, 32])
+def test_many_ranks_agree_with_every_pattern(ranks: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "tests/ranks/many.py", str(ranks)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{ranks} ranks agree" in done.stdout

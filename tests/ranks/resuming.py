@@ -8,13 +8,13 @@ import hashlib
 import os
 import random
 import signal
-import socket
 import sys
 from pathlib import Path
 
 import torch
 
 import dgc
+from tests.forking import exit_codes, fork_ranks, warm_up
 from tests.workers import Toy, flat, train, wrap
 
 RANKS, EVERY, MOST = 2, 5, 20  # a life takes at most MOST steps before it is killed
@@ -24,11 +24,8 @@ def steps_of(folder: Path, rank: int) -> set[int]:
     return {int(path.stem) for path in (folder / str(rank)).glob("*.pt")}
 
 
-def live(folder: Path, rank: int, port: int, steps: int, progress: int) -> None:
+def live(folder: Path, rank: int, steps: int, progress: int) -> None:
     """One rank from the newest checkpoint that all ranks have to the end."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK=str(rank))
-    os.environ.update(LOCAL_WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
     rt = dgc.init("gloo", timeout_seconds=20)
     model = Toy()
     optimizer = wrap(model, dgc.DGC(density=0.1, min_selected=1, warmup_steps=50), None)
@@ -53,30 +50,15 @@ def live(folder: Path, rank: int, port: int, steps: int, progress: int) -> None:
 
 def life(folder: Path, steps: int, chance: random.Random | None) -> bool:
     """Whether all ranks of one life ended well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     reader, writer = os.pipe()
-    pids = []
-    for rank in range(RANKS):
-        pid = os.fork()
-        if not pid:
-            try:
-                live(folder, rank, port, steps, writer)
-                os._exit(0)
-            except dgc.DGCError:
-                os._exit(3)
-            except BaseException as error:
-                print(f"rank {rank}: {error!r}", file=sys.stderr, flush=True)
-            os._exit(1)
-        pids.append(pid)
+    pids = fork_ranks(RANKS, lambda rank: live(folder, rank, steps, writer))
     os.close(writer)
     if chance:
         for _ in range(chance.randrange(RANKS * MOST)):
             os.read(reader, 1)
         for pid in chance.choice([pids, pids[:1], pids[1:]]):
             os.kill(pid, signal.SIGKILL)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    codes = exit_codes(pids)
     os.close(reader)
     # Killed, stopped by the other's death, or done: anything else is a defect.
     assert set(codes) <= {0, 3, -signal.SIGKILL}, codes
@@ -87,6 +69,7 @@ def main() -> None:
     folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     for rank in range(RANKS):
         (folder / str(rank)).mkdir()
+    warm_up()
     steps, chance = 20 * MOST, random.Random(seed)
     for _ in range(kills):
         assert not life(folder, steps, chance)
