@@ -36,11 +36,12 @@ BLOCK = 4096
 """Elements of a program, all of one tensor."""
 NOTHING = 0x7FFFFFFF
 """A threshold, as bits, that no element reaches."""
+# Triton looks names up while it compiles, those of annotations too, and may not find "Any".
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _check(
-    addresses: Any, owners: Any, firsts: Any, numels: Any, bad: Any, BLOCK: tl.constexpr
+    addresses: "Any", owners: "Any", firsts: "Any", numels: "Any", bad: "Any", BLOCK: tl.constexpr
 ) -> None:
     """bad ← 1 if the block holds inf or nan. Example: bits 0x7F800000 are inf."""
     b = tl.program_id(0)
@@ -54,20 +55,20 @@ def _check(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _advance(
-    addresses: Any,
-    u: Any,
-    v: Any,
-    owners: Any,
-    firsts: Any,
-    numels: Any,
-    offsets: Any,
-    rows: Any,
-    low: Any,
-    edges: Any,
-    passed: Any,
-    where: Any,
-    what: Any,
-    bad: Any,
+    addresses: "Any",
+    u: "Any",
+    v: "Any",
+    owners: "Any",
+    firsts: "Any",
+    numels: "Any",
+    offsets: "Any",
+    rows: "Any",
+    low: "Any",
+    edges: "Any",
+    passed: "Any",
+    where: "Any",
+    what: "Any",
+    bad: "Any",
     UPDATE: tl.constexpr,
     MOMENTUM: tl.constexpr,
     BLOCK: tl.constexpr,
