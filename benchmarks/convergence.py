@@ -9,7 +9,7 @@ are in the file already are skipped.
 
 An arm is `dense`, `dgc` or `paper`, and changes to the fields of its configuration, with
 `warmup_epochs` for the warm-up and `lr` for another learning rate:
-`dgc,value_bits=32,warmup_epochs=0.5,lr=0.03`.
+`dgc,value_bits=32,warmup_epochs=0.5,lr=0.03`; a dtype by its name, `state_dtype=bfloat16`.
 """
 
 import argparse
@@ -57,7 +57,8 @@ def parse_arm(arm: str, steps_per_epoch: int) -> tuple[Compression, float | None
 
 
 def _value(text: str) -> Any:
-    return literal_eval(text)
+    dtype = getattr(torch, text, None)
+    return dtype if isinstance(dtype, torch.dtype) else literal_eval(text)
 
 
 class Trained(NamedTuple):

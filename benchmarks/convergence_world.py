@@ -116,6 +116,6 @@ class World:
                 if not isinstance(bucket, CompressedBucket):
                     continue
                 for name, part in zip(names, bucket.layout.split(bucket.memory.v), strict=True):
-                    part = part.view_as(reducer.params[name]) / len(reducers)
+                    part = part.float().view_as(reducer.params[name]) / len(reducers)
                     mean[name] = mean[name] + part if name in mean else part
         return mean

@@ -11,6 +11,7 @@ from dgc.errors import ConfigError
 VALUE_BITS = (1, 2, 3, 4, 8, 16, 32)
 PATTERNS = ("all-gather", "dense", "hierarchical", "shared-indices", "re-selecting", "auto")
 _DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,13 @@ class DGC(Compression):
     selector: Selector = ThresholdTopK()
     """How the largest elements are found; see `dgc.core.select`."""
 
+    state_dtype: torch.dtype = torch.float32
+    """How momentum and residual are kept: torch.float32, 8 bytes for each element of the parameters
+    (4 without momentum correction); or torch.bfloat16, half of that. Arithmetic is float32 with both.
+    A bfloat16 memory rounds what it stores up or down at random, by less than 2^-7 of it, to the
+    value in the mean; the random numbers follow from rank and step, so runs repeat and resume bit
+    for bit. Its accuracy is in docs/log.md, 2026-11-24."""
+
     pattern: str = "all-gather"
     """How messages travel. "all-gather": all to all ranks, so a rank receives in proportion to their
     number. "hierarchical": ranks of a host sum their gradients, messages travel between hosts.
@@ -127,6 +135,8 @@ class DGC(Compression):
         _check("warmup_density", self.warmup_density, good, "in (0, 1]")
         if self.clip_norm is not None:
             _check("clip_norm", self.clip_norm, self.clip_norm > 0, "positive, or None")
+        good = self.state_dtype in _STATE_DTYPES
+        _check("state_dtype", self.state_dtype, good, f"one of {_STATE_DTYPES}")
         _check("pattern", self.pattern, self.pattern in PATTERNS, f"one of {PATTERNS}")
         if isinstance(self.exclude, str):
             raise ConfigError(f"exclude is the string {self.exclude!r}: give a tuple of patterns")

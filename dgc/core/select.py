@@ -63,7 +63,7 @@ class Selector(ABC):
     def select_(
         self, v: Tensor, layout: Layout, counts: Sequence[int], state: Tensor | None
     ) -> SparseBatch:
-        """At most counts[t] elements of each tensor t of `v` float32 `[n]`; overwrites `state`."""
+        """At most counts[t] elements of each tensor t of `v` `[n]`; overwrites `state`."""
 
     def accumulate_select_(
         self,
@@ -74,6 +74,7 @@ class Selector(ABC):
         update: Tensor,
         counts: Sequence[int],
         state: Tensor | None,
+        seed: int = 0,
     ) -> tuple[bool, SparseBatch]:
         """`kernels.accumulate_`, then `select_`; overwrites `u`, `v` and `state`.
 
@@ -81,7 +82,7 @@ class Selector(ABC):
             True and the selection; or False and an empty one if a gradient is not finite: then
             `u` and `v` are as they were.
         """
-        finite = kernels.accumulate_(grads, u, v, layout, update)
+        finite = kernels.accumulate_(grads, u, v, layout, update, seed)
         wanted = counts if finite else [0] * len(counts)
         return finite, self.select_(v, layout, wanted, state)
 
@@ -110,8 +111,9 @@ class ExactTopK(Selector):
         update: Tensor,
         counts: Sequence[int],
         state: Tensor | None,
+        seed: int = 0,
     ) -> tuple[bool, SparseBatch]:
-        return kernels.accumulate_select_(grads, u, v, layout, update, counts, state)
+        return kernels.accumulate_select_(grads, u, v, layout, update, counts, state, seed)
 
 
 @dataclass(frozen=True)

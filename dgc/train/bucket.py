@@ -99,7 +99,7 @@ class CompressedBucket(Bucket):
         used: Sequence[bool],
         step: int,
     ) -> Tensor:
-        self._snapshot(used)
+        self._begin(self.memory, used, step)
         density = density_at(step, self.config)
         if grads is None:
             message, self._sent = abstain(self.memory, density)
@@ -107,7 +107,8 @@ class CompressedBucket(Bucket):
             message, self._sent = send_(self.memory, grads, updates(rows), density, used)
         return message
 
-    def _snapshot(self, used: Sequence[bool]) -> None:
+    def _begin(self, memory: Memory, used: Sequence[bool], step: int) -> None:
+        memory.begin(step)
         unused = [index for index, yes in enumerate(used) if not yes]
         self._before = {i: {k: t.clone() for k, t in self.tensors(i).items()} for i in unused}
 

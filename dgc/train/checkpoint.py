@@ -103,11 +103,14 @@ def _by_rank(states: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]
 
 
 def _scaled(memories: Sequence[Mapping[str, Any]], factor: float) -> dict[str, Any]:
-    """factor · Σ memories, tensor by tensor; empty if there is none."""
+    """factor · Σ memories, tensor by tensor, summed in float32; empty if there is none."""
     if not memories:
         return {}
     return {
-        name: {key: sum(each[name][key] for each in memories) * factor for key in tensors}
+        name: {
+            key: (sum(each[name][key].float() for each in memories) * factor).to(tensor.dtype)
+            for key, tensor in tensors.items()
+        }
         for name, tensors in memories[0].items()
     }
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dgc.comm.exchange import Hierarchical
 from dgc.comm.hosts import Hosts
-from dgc.core import SparseBatch
+from dgc.core import SparseBatch, kernels
 from dgc.core.layout import Layout
 from dgc.train import wire
 from dgc.train.bucket import CompressedBucket, Row, updates
@@ -80,11 +80,13 @@ class HierarchicalBucket(CompressedBucket):
     ) -> Tensor:
         """Of each part a row `[q + T]`: the gradient, scaled, and who used which tensor."""
         if not self._at_home:
+            self.memory.begin(step)
             self._go_home()
-        self._rows, self._density = rows, density_at(step, self.config)
+        self._rows, self._step, self._density = rows, step, density_at(step, self.config)
         if self._payload is None:  # kept: new memory costs as much time as a pass over it
-            self._payload = self.part.v.new_zeros(len(self.parts), self.room + len(used))
-            self._flat = self.part.v.new_empty(self.layout.offsets[-1])
+            device = self.part.v.device
+            self._payload = torch.zeros(len(self.parts), self.room + len(used), device=device)
+            self._flat = torch.empty(self.layout.offsets[-1], device=device)
         payload, flat = self._payload, self._flat
         payload[:, self.room :] = torch.tensor(used, dtype=torch.float32)
         if grads is None:
@@ -100,10 +102,11 @@ class HierarchicalBucket(CompressedBucket):
         memory, own, numel = self.memory, self.hosts.inside.rank, self.layout.offsets[-1]
         for state in (memory.u, memory.v):
             if state is not None:
-                padded = F.pad(state, (0, self.room * len(self.parts) - numel))
+                padded = F.pad(state.float(), (0, self.room * len(self.parts) - numel))
                 rows = padded.view(len(self.parts), self.room)
                 mine = self.hosts.inside.reduce_scatter(rows).wait()
-                state.zero_()[self.starts[own] : self.starts[own + 1]] = mine[: self._width]
+                places = torch.arange(*self.starts[own : own + 2], device=state.device)
+                kernels.add_(state.zero_(), places, mine[: self._width], memory.seed())
         self._at_home = True
 
     @property
@@ -114,9 +117,9 @@ class HierarchicalBucket(CompressedBucket):
         """The part's message, of a size equal for all parts."""
         part, pieces, density = self.part, self.parts[self.hosts.inside.rank], self._density
         used = [each > 0 for each in summed[self.room :].tolist()]
-        self._snapshot(used)
+        self._begin(self.part, used, self._step)
         rows = [self._rows[piece.tensor]._replace(gain=1.0) for piece in pieces]
-        numels, none = part.layout.numels, part.v.new_zeros(0)
+        numels, none = part.layout.numels, torch.zeros(0, device=summed.device)
         empty = SparseBatch(none.long(), none, (0,) * len(numels), numels)
         message, self._sent = (
             send_(

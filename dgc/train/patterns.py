@@ -71,7 +71,7 @@ class Patterns:
 
     def bucket(self, layout: Layout) -> Bucket:
         """A bucket with a memory of its own."""
-        memory = Memory(layout, self.config)
+        memory = Memory(layout, self.config, self.comm.rank)
         if self.config.pattern == "auto":
             return AutoBucket(memory, self)
         return self.with_memory(self.config.pattern, memory)

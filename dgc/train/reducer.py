@@ -259,12 +259,12 @@ class Reducer:
         """
         own = self.state_dict()["memory"]
         for name in sorted(own.keys() | state["memory"].keys()):
-            found = {k: t.numel() for k, t in state["memory"].get(name, {}).items()}
-            wanted = {k: t.numel() for k, t in own.get(name, {}).items()}
+            found = _kinds(state["memory"].get(name, {}))
+            wanted = _kinds(own.get(name, {}))
             if found != wanted:
                 raise StateError(
-                    f"the memory of {name} in this state is {found}, here it is {wanted} (elements "
-                    "a tensor): load it with the model and the compression that wrote it"
+                    f"the memory of {name} in this state is {found}, here it is {wanted}: load it "
+                    "with the model and the compression that wrote it"
                 )
         for names, bucket in zip(self.names, self.buckets, strict=True):
             for index, name in enumerate(names):
@@ -272,6 +272,11 @@ class Reducer:
                     tensor.copy_(state["memory"][name][key])
             bucket.restored()
         self.step = state["step"]
+
+
+def _kinds(memory: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of each tensor its elements and dtype. Example: {"v": "7 torch.float32"}."""
+    return {key: f"{tensor.numel()} {tensor.dtype}" for key, tensor in memory.items()}
 
 
 def is_excluded(name: str, config: Compression) -> bool:

@@ -45,7 +45,7 @@ class ReselectingBucket(CompressedBucket):
         step: int,
     ) -> Tensor:
         """The agreement, int64 `[3T+1]`: exponents, who has one, who used it, who is not finite."""
-        self._snapshot(used)
+        self._begin(self.memory, used, step)
         device, density = self.layout.table.device, density_at(step, self.config)
         self._owed, self._counts = None, message_plan(self.layout.numels, density, self.config)[0]
         empty = torch.zeros(0, device=device)
@@ -60,6 +60,7 @@ class ReselectingBucket(CompressedBucket):
                 updates(rows),
                 self._counts,
                 memory.thresholds,
+                memory.seed(),
             )
         self._sent = Sent(SparseBatch(empty.long(), empty, (0,) * len(used), ()), empty, None)
         exponents, known = self._exponents() if finite else torch.zeros(2, len(used)).long()
@@ -110,7 +111,7 @@ class ReselectingBucket(CompressedBucket):
         if self.config.local_accumulation and finite:
             at = self._checked(self.rank, which)
             owed = torch.ldexp(sums, self._scale[self._tensor_of(at)])
-            self.memory.v[at] += owed
+            self.memory.add_(at, owed)
             self._owed = at, owed
         return message
 
@@ -152,7 +153,7 @@ class ReselectingBucket(CompressedBucket):
         super().put_back_()
         if self._owed is not None:
             at, owed = self._owed
-            self.memory.v[at] -= owed
+            self.memory.add_(at, -owed)
 
     def _checked(self, owner: int, places: Tensor) -> Tensor:
         at = self.regions.indices(owner, places)

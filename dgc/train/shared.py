@@ -35,24 +35,27 @@ class SharedBucket(CompressedBucket):
         step: int,
     ) -> Tensor:
         """The chooser's indices as a message; room for it on the other ranks."""
-        self._snapshot(used)
+        self._begin(self.memory, used, step)
         self.pattern.root = step % self.world_size
         memory, numels = self.memory, self.layout.numels
         density = density_at(step, self.config)
         counts = message_plan(numels, density, self.config)[0]
         size = wire.max_message_bytes(numels, counts, _BITS)
-        none = memory.v.new_zeros(0)
+        none = torch.zeros(0, device=memory.v.device)
         self._sent = Sent(SparseBatch(none.long(), none, (0,) * len(used), numels), none, None)
         self._flags, finite = torch.tensor([*used, False], dtype=torch.float32), False
         if self.rank != self.pattern.root:
             if grads is not None:
-                finite = kernels.accumulate_(grads, memory.u, memory.v, self.layout, updates(rows))
+                finite = kernels.accumulate_(
+                    grads, memory.u, memory.v, self.layout, updates(rows), memory.seed()
+                )
             message = torch.zeros(size, dtype=torch.uint8, device=none.device)
         else:
             batch = self._sent.batch
             if grads is not None:
                 finite, batch = self.config.selector.accumulate_select_(
-                    grads, memory.u, memory.v, self.layout, updates(rows), counts, memory.thresholds
+                    *(grads, memory.u, memory.v, self.layout, updates(rows), counts),
+                    *(memory.thresholds, memory.seed()),
                 )
             chosen = batch._replace(values=torch.ones_like(batch.values))
             message, _ = wire.encode_batch(chosen, _BITS, message_bytes=size, finite=finite)

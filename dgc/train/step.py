@@ -56,7 +56,8 @@ def send_(
     counts, message_bytes = message_plan(memory.layout.numels, density, config)
     with record_function("dgc::select"):
         finite, batch = config.selector.accumulate_select_(
-            grads, memory.u, memory.v, memory.layout, update, counts, memory.thresholds
+            *(grads, memory.u, memory.v, memory.layout, update, counts),
+            *(memory.thresholds, memory.seed()),
         )
     with record_function("dgc::encode"):
         message, values = wire.encode_batch(

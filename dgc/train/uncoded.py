@@ -22,7 +22,8 @@ class UncodedBucket(CompressedBucket):
         super().__init__(memory, world_size)
         self.pattern = DenseAllReduce()
         # Kept: new memory of this size costs as much time as a pass over it.
-        self._payload = memory.v.new_empty(memory.v.numel() + len(memory.layout.numels) + 1)
+        numel, device = memory.v.numel() + len(memory.layout.numels) + 1, memory.v.device
+        self._payload = torch.empty(numel, device=device)
 
     def density(self, step: int) -> float:
         return 1.0
@@ -35,10 +36,10 @@ class UncodedBucket(CompressedBucket):
         step: int,
     ) -> Tensor:
         """v, and behind it flags: of each tensor, who used it, and last who is not finite."""
-        self._snapshot(used)
+        self._begin(self.memory, used, step)
         memory, payload, numel = self.memory, self._payload, self.layout.offsets[-1]
         finite = grads is not None and kernels.accumulate_(
-            grads, memory.u, memory.v, self.layout, updates(rows)
+            grads, memory.u, memory.v, self.layout, updates(rows), memory.seed()
         )
         payload[:numel] = memory.v
         payload[numel:] = torch.tensor([*used, not finite])

@@ -18,6 +18,7 @@ from dgc.core.sparse import SparseBatch
 NUMELS = (1, 3, 1024, 1025, 20_001, 64, 90_000, 2)
 LAYOUT = Layout.of(NUMELS)
 COUNTS = tuple(max(1, n // 100) for n in NUMELS)
+DTYPES = (torch.float32, torch.bfloat16)
 ROWS = torch.tensor([[0.9, 0.37, 0.1, 0.0], [0.8, 1.0, 1.0, 1.0]]).repeat(4, 1)
 
 
@@ -85,9 +86,13 @@ def edge_tensors() -> dict[str, tuple[Tensor, tuple[int, ...]]]:
     }
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", edge_tensors())
-def test_selection_equals_the_reference(name: str, implementation: Implementation) -> None:
+def test_selection_equals_the_reference(
+    name: str, dtype: torch.dtype, implementation: Implementation
+) -> None:
     v, counts = edge_tensors()[name]
+    v = v.to(dtype)
     expected = reference.select_(v, LAYOUT, counts, None)
     state, layout = implementation.to(v), implementation.layout(NUMELS)
     thresholds = implementation.to(torch.zeros(len(NUMELS)))
@@ -155,28 +160,35 @@ class Step(NamedTuple):
     batches: list[SparseBatch]
 
 
-def steps(implementation: Implementation, momentum: bool, scales: Sequence[float]) -> Step:
+def steps(
+    implementation: Implementation, momentum: bool, scales: Sequence[float], dtype: torch.dtype
+) -> Step:
     module, layout = implementation.module, implementation.layout(NUMELS)
-    u = implementation.to(gaussian(3)) if momentum else None
-    v, thresholds = implementation.to(gaussian(4)), implementation.to(torch.zeros(len(NUMELS)))
+    u = implementation.to(gaussian(3).to(dtype)) if momentum else None
+    v = implementation.to(gaussian(4).to(dtype))
+    thresholds = implementation.to(torch.zeros(len(NUMELS)))
     batches = []
     for step, scale in enumerate(scales):
         grads = [implementation.to(grad * scale) for grad in gradients(step)]
-        finite, batch = module.accumulate_select_(grads, u, v, layout, ROWS, COUNTS, thresholds)
+        seeds = kernels.seed_of(step, 0), kernels.seed_of(step, 1)
+        finite, batch = module.accumulate_select_(
+            grads, u, v, layout, ROWS, COUNTS, thresholds, seeds[0]
+        )
         assert finite
-        module.release_(u, v, layout, batch, batch.values * 0.75)
+        module.release_(u, v, layout, batch, batch.values * 0.7, seeds[1])
         batches.append(batch)
     return Step(u if u is None else u.cpu(), v.cpu(), batches)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("momentum", [True, False])
 def test_steps_equal_the_reference_to_the_bit(
-    momentum: bool, implementation: Implementation
+    momentum: bool, dtype: torch.dtype, implementation: Implementation
 ) -> None:
     # From one step to the next the gradients grow or shrink a thousandfold, or vanish.
     scales = (1.0, 1.0, 1e3, 1.0, 1e-3, 0.0)
-    expected = steps(Implementation(reference, "cpu"), momentum, scales)
-    found = steps(implementation, momentum, scales)
+    expected = steps(Implementation(reference, "cpu"), momentum, scales, dtype)
+    found = steps(implementation, momentum, scales, dtype)
     for batch, batch_expected in zip(found.batches, expected.batches, strict=True):
         same_batch(batch, batch_expected)
     assert torch.equal(found.v, expected.v)
@@ -184,16 +196,17 @@ def test_steps_equal_the_reference_to_the_bit(
     assert found.u is None or torch.equal(found.u, expected.u)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("momentum", [True, False])
 def test_update_alone_equals_the_reference_to_the_bit(
-    momentum: bool, implementation: Implementation
+    momentum: bool, dtype: torch.dtype, implementation: Implementation
 ) -> None:
     states = []
     for module, device in (Implementation(reference, "cpu"), implementation):
-        u = gaussian(3).to(device) if momentum else None
-        v = gaussian(4).to(device)
+        u = gaussian(3).to(device, dtype) if momentum else None
+        v = gaussian(4).to(device, dtype)
         grads = [grad.to(device) for grad in gradients(0)]
-        assert module.accumulate_(grads, u, v, Layout.of(NUMELS, device), ROWS)
+        assert module.accumulate_(grads, u, v, Layout.of(NUMELS, device), ROWS, 0x9ABCDEF0)
         states.append((u if u is None else u.cpu(), v.cpu()))
     (u, v), (u_found, v_found) = states
     assert torch.equal(v, v_found)

@@ -7,6 +7,8 @@ import sys
 import pytest
 
 SCRIPT = """
+from itertools import product
+
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
@@ -23,10 +25,11 @@ def assembly(kernel, types, constants, arch):
 
 for arch in (80, 90):
     assembly(cuda._check, {}, {"BLOCK": cuda.BLOCK}, arch)
-    for update, momentum in ((True, True), (True, False), (False, False)):
-        floats = dict.fromkeys(("u", "v", "rows", "what"), "*fp32")
+    variants = ((True, True), (True, False), (False, False))
+    for state, (update, momentum) in product(("*fp32", "*i16"), variants):
+        types = {"u": state, "v": state, "rows": "*fp32", "low": "*i32", "what": "*fp32"}
         constants = {"UPDATE": update, "MOMENTUM": momentum, "BLOCK": cuda.BLOCK}
-        ptx = assembly(cuda._advance, {**floats, "low": "*i32"}, constants, arch)
+        ptx = assembly(cuda._advance, {**types, "seed": "i32"}, constants, arch)
         assert "fma." not in ptx, "fused multiply-adds round otherwise than the reference"
         assert ".ftz" not in ptx, "denormals are flushed"
 """

@@ -2,6 +2,9 @@
 
 `reference` is plain torch and defines the results, `cpu` is numba, `cuda` is Triton: all give the
 same bits.
+The state is float32, or bfloat16: then arithmetic is float32, and what is stored is rounded up or
+down at random, to the value in the mean, as `rounding` defines. Every call that writes a bfloat16
+state needs another `seed`; a float32 state does not depend on it.
 Shapes: T tensors, n elements in all, K selected.
 """
 
@@ -11,8 +14,20 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from dgc.core.kernels.reference import add_
+from dgc.core.kernels.rounding import seed_of
 from dgc.core.layout import Layout
 from dgc.core.sparse import SparseBatch
+
+__all__ = [
+    "accumulate_",
+    "accumulate_select_",
+    "add_",
+    "release_",
+    "seed_of",
+    "select_",
+    "squared_norm",
+]
 
 
 def _for(device: torch.device) -> ModuleType:
@@ -46,7 +61,12 @@ def squared_norm(grads: Sequence[Tensor]) -> float:
 
 
 def accumulate_(
-    grads: Sequence[Tensor], u: Tensor | None, v: Tensor, layout: Layout, update: Tensor
+    grads: Sequence[Tensor],
+    u: Tensor | None,
+    v: Tensor,
+    layout: Layout,
+    update: Tensor,
+    seed: int = 0,
 ) -> bool:
     """Let the gradients of a bucket enter its memory; overwrites `u` and `v`.
 
@@ -58,10 +78,11 @@ def accumulate_(
 
     Args:
         grads: T tensors of `layout.numels` elements, of any shape and float dtype; only read.
-        u: momentum, float32 `[n]`, or None.
-        v: accumulated gradient, float32 `[n]`.
+        u: momentum, float32 or bfloat16 `[n]`, or None.
+        v: accumulated gradient, of the dtype of `u`, `[n]`.
         layout: where each tensor lies in `u` and `v`.
         update: float32 `[T, 4]` on the CPU, rows (m, c, lr, nesterov).
+        seed: of the rounding, in [0, 2^32).
 
     Returns:
         False if an element of a gradient is not finite; then `u` and `v` are left as they were.
@@ -73,7 +94,7 @@ def accumulate_(
         (True, 13.0, 137.0)
     """
     dense = [_dense(grad) for grad in grads]
-    return bool(_for(v.device).accumulate_(dense, u, v, layout, update))
+    return bool(_for(v.device).accumulate_(dense, u, v, layout, update, seed))
 
 
 def select_(
@@ -82,7 +103,7 @@ def select_(
     """The counts[t] largest magnitudes of each tensor t; of equal ones the first; never a zero.
 
     Args:
-        v: float32 `[n]`, finite.
+        v: float32 or bfloat16 `[n]`, finite; the values selected are float32.
         layout: where each tensor lies in `v`.
         counts: at most how many of each tensor, length T, each in [0, numels[t]].
         thresholds: float32 `[T]`, overwritten, or None. A guess of where each selection ends, 0
@@ -104,6 +125,7 @@ def accumulate_select_(
     update: Tensor,
     counts: Sequence[int],
     thresholds: Tensor | None,
+    seed: int = 0,
 ) -> tuple[bool, SparseBatch]:
     """`accumulate_` and then `select_`, in one pass where `thresholds` allow it.
 
@@ -112,23 +134,30 @@ def accumulate_select_(
     """
     dense = [_dense(grad) for grad in grads]
     finite, batch = _for(v.device).accumulate_select_(
-        dense, u, v, layout, update, tuple(counts), thresholds
+        dense, u, v, layout, update, tuple(counts), thresholds, seed
     )
     return bool(finite), batch
 
 
 def release_(
-    u: Tensor | None, v: Tensor, layout: Layout, batch: SparseBatch, sent: Tensor, masking: bool
+    u: Tensor | None,
+    v: Tensor,
+    layout: Layout,
+    batch: SparseBatch,
+    sent: Tensor,
+    masking: bool,
+    seed: int = 0,
 ) -> None:
     """v[S] ← v[S] − sent, and with `masking` u[S] ← 0; overwrites `u` and `v`.
 
     Args:
-        u: float32 `[n]` or None; left alone without `masking`.
-        v: float32 `[n]`.
+        u: float32 or bfloat16 `[n]` or None; left alone without `masking`.
+        v: of the same dtype, `[n]`.
         layout: where each tensor lies in `u` and `v`.
         batch: S, the selection.
         sent: float32 `[K]`, what the receivers will decode for S.
         masking: momentum factor masking.
+        seed: of the rounding, in [0, 2^32).
 
     Example:
         >>> v, layout = torch.tensor([4.0, 9.0]), Layout.of([2])
@@ -137,4 +166,4 @@ def release_(
         >>> v.tolist()
         [4.0, 1.0]
     """
-    _for(v.device).release_(u if masking else None, v, layout, batch, sent)
+    _for(v.device).release_(u if masking else None, v, layout, batch, sent, seed)

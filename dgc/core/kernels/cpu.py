@@ -5,7 +5,8 @@ the previous step, or, without one, what is larger than the k largest so far. Wh
 tensor's elements are collected, the k largest are among them, and only they have to be sorted out.
 A tensor where fewer reach the guess gets a second pass over it alone, without one. So the result
 is always that of `reference`, and the candidates are all the memory that is needed.
-Shapes: T tensors, n elements in all; arrays in the plural are over the tensors.
+Shapes: T tensors, n elements in all; arrays in the plural are over the tensors. A bfloat16 state is
+an int16 array.
 """
 
 import os
@@ -27,6 +28,7 @@ from dgc.core.sparse import SparseBatch
 Ints = NDArray[np.int64]
 Bits = NDArray[np.int32]
 Floats = NDArray[np.float32]
+State = NDArray[np.float32] | NDArray[np.int16]
 
 MIN_PART = 1 << 14
 """Elements under which another thread costs more than it gives."""
@@ -58,14 +60,22 @@ def _addresses(grads: Sequence[Tensor]) -> Ints:
     return np.array([grad.data_ptr() for grad in grads], np.int64)
 
 
-def _floats(state: Tensor | None) -> Floats:
-    return NO_FLOATS if state is None else state.numpy()
+def _floats(thresholds: Tensor | None) -> Floats:
+    return NO_FLOATS if thresholds is None else thresholds.numpy()
+
+
+def _states(u: Tensor | None, v: Tensor) -> tuple[State, State]:
+    """u and v as arrays; u empty if there is none."""
+    flat = (v[:0] if u is None else u, v)
+    u_, v_ = (s.view(torch.int16) if s.dtype == torch.bfloat16 else s for s in flat)
+    return u_.numpy(), v_.numpy()
 
 
 class _Bucket(NamedTuple):
-    """A flat state and what is wanted of it; `thresholds` is empty if none are kept."""
+    """A flat state and what is wanted of it; `u` and `thresholds` are empty if there are none."""
 
-    v: Floats
+    u: State
+    v: State
     layout: Layout
     edges: Ints
     wanted: Ints
@@ -74,12 +84,18 @@ class _Bucket(NamedTuple):
 
     @classmethod
     def of(
-        cls, v: Tensor, layout: Layout, counts: Sequence[int], thresholds: Tensor | None
+        cls,
+        u: Tensor | None,
+        v: Tensor,
+        layout: Layout,
+        counts: Sequence[int],
+        thresholds: Tensor | None,
     ) -> "_Bucket":
         wanted = np.array(counts, np.int64)
         # So many candidates that a drift of the values from step to step rarely leaves under k.
         targets = np.where(wanted > 0, np.minimum(2 * wanted + 32, layout.numels), 0)
-        return cls(v.numpy(), layout, layout.table.numpy(), wanted, targets, _floats(thresholds))
+        edges, known = layout.table.numpy(), _floats(thresholds)
+        return cls(*_states(u, v), layout, edges, wanted, targets, known)
 
 
 class _Candidates(NamedTuple):
@@ -99,10 +115,15 @@ def squared_norm(grads: Sequence[Tensor]) -> float:
 
 
 def accumulate_(
-    grads: Sequence[Tensor], u: Tensor | None, v: Tensor, layout: Layout, update: Tensor
+    grads: Sequence[Tensor],
+    u: Tensor | None,
+    v: Tensor,
+    layout: Layout,
+    update: Tensor,
+    seed: int = 0,
 ) -> bool:
     """As `reference.accumulate_`."""
-    return accumulate_select_(grads, u, v, layout, update, [0] * len(grads), None)[0]
+    return accumulate_select_(grads, u, v, layout, update, [0] * len(grads), None, seed)[0]
 
 
 def accumulate_select_(
@@ -113,16 +134,17 @@ def accumulate_select_(
     update: Tensor,
     counts: Sequence[int],
     thresholds: Tensor | None,
+    seed: int = 0,
 ) -> tuple[bool, SparseBatch]:
     """As `reference.accumulate_select_`; overwrites `thresholds`."""
-    bucket = _Bucket.of(v, layout, counts, thresholds)
+    bucket = _Bucket.of(u, v, layout, counts, thresholds)
     addresses = _addresses(grads)
     work = int(bucket.edges[-1])
     # A pass of its own: once an element has been updated it cannot be restored to the bit.
     if not all(_split(cpu_sweep.all_finite, (addresses, bucket.edges), work, MIN_PART)):
-        nothing = _Bucket.of(v, layout, [0] * len(counts), None)
+        nothing = _Bucket.of(u, v, layout, [0] * len(counts), None)
         return False, _trim(nothing, _Candidates(NO_INTS, NO_FLOATS, nothing.wanted))
-    found = _collect(bucket, _guessed(bucket), addresses, _floats(u), update.numpy())
+    found = _collect(bucket, _guessed(bucket), addresses, update.numpy(), seed)
     return True, _trim(bucket, found)
 
 
@@ -130,15 +152,22 @@ def select_(
     v: Tensor, layout: Layout, counts: Sequence[int], thresholds: Tensor | None
 ) -> SparseBatch:
     """As `reference.select_`; overwrites `thresholds`."""
-    bucket = _Bucket.of(v, layout, counts, thresholds)
-    return _trim(bucket, _collect(bucket, _guessed(bucket), NO_INTS, NO_FLOATS, NO_ROWS))
+    bucket = _Bucket.of(None, v, layout, counts, thresholds)
+    return _trim(bucket, _collect(bucket, _guessed(bucket), NO_INTS, NO_ROWS, 0))
 
 
-def release_(u: Tensor | None, v: Tensor, layout: Layout, batch: SparseBatch, sent: Tensor) -> None:
+def release_(
+    u: Tensor | None,
+    v: Tensor,
+    layout: Layout,
+    batch: SparseBatch,
+    sent: Tensor,
+    seed: int = 0,
+) -> None:
     """As `reference.release_`."""
     edges = _edges(batch.counts)
-    args = (_floats(u), v.numpy(), batch.indices.numpy(), layout.table.numpy(), edges, sent.numpy())
-    _split(cpu_sweep.release, args, int(edges[-1]), MIN_PART)
+    chosen = (batch.indices.numpy(), layout.table.numpy(), edges, sent.numpy())
+    _split(cpu_sweep.release, (*_states(u, v), *chosen, np.uint32(seed)), int(edges[-1]), MIN_PART)
 
 
 def _guessed(bucket: _Bucket) -> Bits:
@@ -151,11 +180,12 @@ def _guessed(bucket: _Bucket) -> Bits:
     return low
 
 
-def _collect(bucket: _Bucket, low: Bits, addresses: Ints, u: Floats, rows: Floats) -> _Candidates:
+def _collect(bucket: _Bucket, low: Bits, addresses: Ints, rows: Floats, seed: int) -> _Candidates:
     """Update all tensors, if there are gradients, and collect at least k candidates of each."""
     everything = (bucket.edges[:-1], bucket.edges[1:], bucket.edges)
     keeps = bucket.targets if bucket.thresholds.size else bucket.wanted
-    found = _sweep((addresses, u, bucket.v, *everything, rows, low, keeps))
+    states = (bucket.u, bucket.v)
+    found = _sweep((addresses, *states, *everything, rows, low, keeps, np.uint32(seed)))
     few = np.flatnonzero((found.passed < bucket.wanted) & (low > 1))
     return _replaced(found, bucket, few) if few.size else found
 
@@ -171,7 +201,8 @@ def _replaced(found: _Candidates, bucket: _Bucket, few: Ints) -> _Candidates:
     starts, stops = bucket.edges[few], bucket.edges[few + 1]
     segments = (starts, stops, _edges(stops - starts))
     low = np.ones(few.size, np.int32)
-    again = _sweep((NO_INTS, NO_FLOATS, bucket.v, *segments, NO_ROWS, low, bucket.targets[few]))
+    none = (NO_INTS, bucket.u[:0], bucket.v)
+    again = _sweep((*none, *segments, NO_ROWS, low, bucket.targets[few], np.uint32(0)))
     passed = found.passed.copy()
     passed[few] = again.passed
     kept = ~np.isin(np.searchsorted(bucket.edges, found.positions, side="right") - 1, few)

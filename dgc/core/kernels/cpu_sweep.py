@@ -14,8 +14,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 
-# The disk cache of a kernel here does not notice a change in `cpu_radix`: delete it after one.
+# The disk cache of a kernel here does not notice a change in these: delete it after one.
 from dgc.core.kernels.cpu_radix import MAGNITUDE, compact, kernel
+from dgc.core.kernels.cpu_state import close, opened
 
 reassociating = njit(nogil=True, cache=True, fastmath={"reassoc"})
 
@@ -126,6 +127,18 @@ def _update_plain(g: Any, v: Any, row: Any) -> None:
 
 
 @kernel
+def _enter(g: Any, u: Any, v: Any, block: Any, first: int, row: Any, seed: Any, spare: Any) -> None:
+    """Update from `first` on with the gradient `g`; `block` is v there."""
+    if u.size:
+        moved = opened(u, first, first + g.size, spare)
+        _update(g, moved, block, row)
+        close(moved, u, block, v, first, seed)
+    else:
+        _update_plain(g, block, row)
+        close(spare[:0], u, block, v, first, seed)
+
+
+@kernel
 def _hits(bits: Any, low: Any) -> Any:
     count = np.int32(0)
     for i in range(bits.size):
@@ -179,6 +192,7 @@ def collect(
     rows: Any,
     low: Any,
     keeps: Any,
+    seed: Any,
     lo: int,
     hi: int,
 ) -> Any:
@@ -190,16 +204,18 @@ def collect(
 
     Args:
         addresses: int64 `[T]`, where each gradient lies, or `[0]` for no update.
-        u, v: float32, the flat state; u is empty if there is none.
+        u, v: float32 or, for bfloat16, int16: the flat state; u is empty if there is none.
         starts, stops, edges: int64, the segments.
         rows: float32 `[T, 4]`, the update.
         low: int32 `[T]`, the bits of the thresholds, at least 1.
         keeps: int64 `[T]`, 0 to collect nothing.
+        seed: uint32, of the rounding.
 
     Returns:
         Positions in the flat state, ascending; their values; how many of each segment.
     """
     passed = np.zeros(starts.size, np.int64)
+    spare_u, spare_v = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     where, what, n = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.float32), 0
     t = _first_segment(edges, lo)
     while t < starts.size and edges[t] < hi:
@@ -207,13 +223,10 @@ def collect(
         before, keep, floor = n, keeps[t], low[t]
         for first in range(begin, end, BLOCK):
             last = min(first + BLOCK, end)
-            block = v[first:last]
+            block = opened(v, first, last, spare_v)
             if addresses.size:
                 g = tensor_at(addresses[t], first - starts[t], last - starts[t])
-                if u.size:
-                    _update(g, u[first:last], block, rows[t])
-                else:
-                    _update_plain(g, block, rows[t])
+                _enter(g, u, v, block, first, rows[t], seed, spare_u)
             at = 0 if keep else BLOCK
             while at < block.size:
                 where, what = _room(where, what, n)
@@ -230,17 +243,27 @@ def collect(
 
 @kernel
 def release(
-    u: Any, v: Any, indices: Any, starts: Any, edges: Any, sent: Any, lo: int, hi: int
+    u: Any,
+    v: Any,
+    indices: Any,
+    starts: Any,
+    edges: Any,
+    sent: Any,
+    seed: Any,
+    lo: int,
+    hi: int,
 ) -> None:
     """v[S] ← v[S] − sent, u[S] ← 0 (u may be empty) for entries lo to hi of the selection.
 
     Entry j lies in the tensor t with edges[t] ≤ j < edges[t + 1], at starts[t] + indices[j].
     """
-    t = _first_segment(edges, lo)
+    t, spare = _first_segment(edges, lo), np.empty(1, np.float32)
     for j in range(lo, hi):
         while j >= edges[t + 1]:
             t += 1
         at = starts[t] + indices[j]
-        v[at] -= sent[j]
+        left = opened(v, at, at + 1, spare)
+        left[0] -= sent[j]
+        close(spare[:0], u, left, v, at, seed)
         if u.size:
-            u[at] = np.float32(0)
+            u[at] = 0

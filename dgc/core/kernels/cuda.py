@@ -3,7 +3,8 @@
 One read by the host a bucket: whether the gradient is finite and how many elements of each tensor
 reached their threshold. A tensor where too few did, or more than its buffer holds, is selected by
 `reference`. Results equal those of `reference` bit for bit; that needs products and sums rounded
-one by one, so launches forbid fused multiply-adds. Shapes: T tensors, n elements, B blocks.
+one by one, so launches forbid fused multiply-adds. A bfloat16 state goes to the kernels as int16, the
+upper halves of float32. Shapes: T tensors, n elements, B blocks.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dgc.core.kernels import reference
+from dgc.core.kernels import reference, rounding
 from dgc.core.kernels.cuda_trim import (
     Candidates,
     remember_,
@@ -37,6 +38,7 @@ BLOCK = 4096
 NOTHING = 0x7FFFFFFF
 """A threshold, as bits, that no element reaches."""
 # Triton looks names up while it compiles, those of annotations too, and may not find "Any".
+U_BITS, V_BITS = tl.constexpr(rounding.U_BITS), tl.constexpr(rounding.V_BITS)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -54,6 +56,38 @@ def _check(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _mixed(x: "Any") -> "Any":
+    """`rounding.mixed` of uint32. Example: 1 becomes 1753845952."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load(state: "Any", place: "Any", inside: "Any") -> "Any":
+    """The state at `place` as float32. Example: the half 0x3F81 is 1 + 2^-7."""
+    value = tl.load(state + place, mask=inside, other=0)
+    if state.dtype.element_ty == tl.int16:
+        value = (value.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return value
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store(state: "Any", place: "Any", value: "Any", inside: "Any", draw: "Any") -> "Any":
+    """Store `value`, rounded if the state has halves, and return what was stored.
+
+    Example: 0x3F80C000 becomes the half 0x3F81 where the low half of `draw` is 0x4000 or more.
+    """
+    if state.dtype.element_ty == tl.int16:
+        half = (value.to(tl.int32, bitcast=True) + (draw & 0xFFFF).to(tl.int32)) >> 16
+        tl.store(state + place, half.to(tl.int16), mask=inside)
+        value = (half << 16).to(tl.float32, bitcast=True)
+    else:
+        tl.store(state + place, value, mask=inside)
+    return value
+
+
+@triton.jit(do_not_specialize=["seed"])  # type: ignore[untyped-decorator]
 def _advance(
     addresses: "Any",
     u: "Any",
@@ -69,6 +103,7 @@ def _advance(
     where: "Any",
     what: "Any",
     bad: "Any",
+    seed: "Any",
     UPDATE: tl.constexpr,
     MOMENTUM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -84,19 +119,20 @@ def _advance(
         at = tl.load(firsts + b) + tl.arange(0, BLOCK)
         inside = at < tl.load(numels + t)
         place = tl.load(offsets + t) + at
-        value = tl.load(v + place, mask=inside, other=0.0)
+        value = _load(v, place, inside)
         if UPDATE:
+            draw = _mixed(place.to(tl.uint32) ^ seed.to(tl.uint32))
             g = tl.load(addresses + t).to(tl.pointer_type(tl.float32))
             row = rows + 4 * t
             entered = tl.load(g + at, mask=inside, other=0.0) * tl.load(row + 1)
             if MOMENTUM:
                 momentum, nesterov = tl.load(row), tl.load(row + 3) != 0
-                old = tl.load(u + place, mask=inside, other=0.0)
+                old = _load(u, place, inside)
                 moved = tl.where(nesterov, momentum * (old + entered), momentum * old + entered)
-                tl.store(u + place, moved, mask=inside)
+                _store(u, place, moved, inside, draw >> U_BITS)
                 entered = tl.where(nesterov, moved + entered, moved)
             value = value + entered * tl.load(row + 2)
-            tl.store(v + place, value, mask=inside)
+            value = _store(v, place, value, inside, draw >> V_BITS)
         bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         hit = inside & (bits >= tl.load(low + t))
         count = tl.sum(hit.to(tl.int64))
@@ -178,10 +214,15 @@ class _Found(NamedTuple):
 
 
 def accumulate_(
-    grads: Sequence[Tensor], u: Tensor | None, v: Tensor, layout: Layout, update: Tensor
+    grads: Sequence[Tensor],
+    u: Tensor | None,
+    v: Tensor,
+    layout: Layout,
+    update: Tensor,
+    seed: int = 0,
 ) -> bool:
     """As `reference.accumulate_`."""
-    return _pass(grads, u, v, layout, update, (0,) * len(grads), None).finite
+    return _pass(grads, u, v, layout, update, (0,) * len(grads), None, seed).finite
 
 
 def accumulate_select_(
@@ -192,10 +233,11 @@ def accumulate_select_(
     update: Tensor,
     counts: Sequence[int],
     thresholds: Tensor | None,
+    seed: int = 0,
 ) -> tuple[bool, SparseBatch]:
     """As `reference.accumulate_select_`; overwrites `thresholds`."""
     counts = tuple(counts)
-    found = _pass(grads, u, v, layout, update, counts, thresholds)
+    found = _pass(grads, u, v, layout, update, counts, thresholds, seed)
     if not found.finite:
         return False, reference.select_(v, layout, (0,) * len(counts), None)
     return True, _select(found, v, layout, counts, thresholds)
@@ -206,7 +248,7 @@ def select_(
 ) -> SparseBatch:
     """As `reference.select_`; overwrites `thresholds`."""
     counts = tuple(counts)
-    found = _pass((), None, v, layout, None, counts, thresholds)
+    found = _pass((), None, v, layout, None, counts, thresholds, 0)
     return _select(found, v, layout, counts, thresholds)
 
 
@@ -218,6 +260,7 @@ def _pass(
     update: Tensor | None,
     counts: tuple[int, ...],
     thresholds: Tensor | None,
+    seed: int,
 ) -> _Found:
     """Check, update and collect; then the one read by the host."""
     device = v.device
@@ -233,9 +276,10 @@ def _pass(
         _check[grid](addresses, *blocks, report[-1:], BLOCK=BLOCK)
     if grid[0]:
         rows = v if update is None else update.to(device)
-        memory = (addresses, v if u is None else u, v, *blocks, layout.table, rows, low)
+        states = [_raw(state) for state in (v if u is None else u, v)]
+        memory = (addresses, *states, *blocks, layout.table, rows, low)
         _advance[grid](
-            *(*memory, wanted.edges, report, where, what, report[-1:]),
+            *(*memory, wanted.edges, report, where, what, report[-1:], _signed(seed)),
             UPDATE=update is not None,
             MOMENTUM=u is not None,
             BLOCK=BLOCK,
@@ -243,6 +287,15 @@ def _pass(
         )
     read: list[int] = torch.cat([report, low]).tolist()
     return _Found(read[len(counts)] == 0, read[: len(counts)], read[len(counts) + 1 :], where, what)
+
+
+def _raw(state: Tensor) -> Tensor:
+    return state.view(torch.int16) if state.dtype == torch.bfloat16 else state
+
+
+def _signed(seed: int) -> int:
+    """The same 32 bits as a signed number: Triton would pass a larger one in 64 bits."""
+    return seed - (seed >> 31 << 32)
 
 
 def _bits(wanted: _Wanted, thresholds: Tensor | None) -> Tensor:

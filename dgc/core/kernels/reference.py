@@ -1,7 +1,9 @@
 """Plain torch, any device, one tensor after another: what the other kernels must equal bit for bit.
 
 Every product and every sum is rounded to float32 on its own; a fused multiply-add would differ.
-Shapes: T tensors, n elements in all, K selected. u, v float32 `[n]`; update float32 `[T, 4]`.
+What a bfloat16 state stores is then rounded as `rounding` says.
+Shapes: T tensors, n elements in all, K selected. u, v float32 or bfloat16 `[n]`; update float32
+`[T, 4]`.
 """
 
 from collections.abc import Sequence
@@ -9,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dgc.core.kernels.rounding import U_BITS, V_BITS, rounded
 from dgc.core.layout import Layout
 from dgc.core.sparse import Sparse, SparseBatch
 
@@ -19,7 +22,12 @@ def squared_norm(grads: Sequence[Tensor]) -> float:
 
 
 def accumulate_(
-    grads: Sequence[Tensor], u: Tensor | None, v: Tensor, layout: Layout, update: Tensor
+    grads: Sequence[Tensor],
+    u: Tensor | None,
+    v: Tensor,
+    layout: Layout,
+    update: Tensor,
+    seed: int = 0,
 ) -> bool:
     """u ← m·u + c·g and v ← v + lr·u, or Nesterov's form; nothing if an element of g is not finite.
 
@@ -28,19 +36,21 @@ def accumulate_(
     """
     if not all(bool(grad.isfinite().all()) for grad in grads):
         return False
-    us = layout.split(u) if u is not None else (None,) * len(grads)
-    for grad, u_t, v_t, row in zip(grads, us, layout.split(v), update.tolist(), strict=True):
+    for grad, row, start, end in zip(grads, update.tolist(), *_ends(layout), strict=True):
         momentum, gain, lr, nesterov = row
+        places = torch.arange(start, end, device=v.device)
         entered = grad.detach().reshape(-1).float() * gain
-        if u_t is None:
-            v_t.add_(entered * lr)
-        elif nesterov:
-            u_t.add_(entered).mul_(momentum)
-            v_t.add_((u_t + entered) * lr)
-        else:
-            u_t.mul_(momentum).add_(entered)
-            v_t.add_(u_t * lr)
+        if u is not None:
+            u_t = u[start:end].float()
+            moved = (u_t + entered) * momentum if nesterov else u_t * momentum + entered
+            u[start:end] = rounded(moved, places, u.dtype, seed, U_BITS)
+            entered = moved + entered if nesterov else moved
+        v[start:end] = rounded(v[start:end] + entered * lr, places, v.dtype, seed, V_BITS)
     return True
+
+
+def _ends(layout: Layout) -> tuple[Sequence[int], Sequence[int]]:
+    return layout.offsets[:-1], layout.offsets[1:]
 
 
 def largest(flat: Tensor, k: int) -> Tensor:
@@ -65,7 +75,7 @@ def select_(
     def one(v_t: Tensor, k: int) -> Sparse:
         k = min(k, int(v_t.count_nonzero())) if k else 0
         indices = largest(v_t, k) if k else torch.empty(0, dtype=torch.int64, device=v.device)
-        return Sparse(indices, v_t[indices], v_t.numel())
+        return Sparse(indices, v_t[indices].float(), v_t.numel())
 
     return SparseBatch.cat([one(v_t, k) for v_t, k in zip(layout.split(v), counts, strict=True)])
 
@@ -78,20 +88,36 @@ def accumulate_select_(
     update: Tensor,
     counts: Sequence[int],
     thresholds: Tensor | None,
+    seed: int = 0,
 ) -> tuple[bool, SparseBatch]:
     """`accumulate_`, then `select_`; an empty selection where a gradient is not finite."""
-    finite = accumulate_(grads, u, v, layout, update)
+    finite = accumulate_(grads, u, v, layout, update, seed)
     return finite, select_(v, layout, counts if finite else [0] * len(counts), thresholds)
 
 
-def release_(u: Tensor | None, v: Tensor, layout: Layout, batch: SparseBatch, sent: Tensor) -> None:
+def release_(
+    u: Tensor | None,
+    v: Tensor,
+    layout: Layout,
+    batch: SparseBatch,
+    sent: Tensor,
+    seed: int = 0,
+) -> None:
     """v[S] ← v[S] − sent, and u[S] ← 0 where u is given.
 
     Example: v = [4, 9], S = {1}, sent = [8]: v = [4, 1].
     """
     counts = torch.tensor(batch.counts, device=v.device)
     size = batch.indices.numel()
-    flat = batch.indices + layout.table[:-1].repeat_interleave(counts, output_size=size)
-    v[flat] -= sent
+    places = batch.indices + layout.table[:-1].repeat_interleave(counts, output_size=size)
+    add_(v, places, -sent, seed)
     if u is not None:
-        u[flat] = 0.0
+        u[places] = 0.0
+
+
+def add_(v: Tensor, places: Tensor, values: Tensor, seed: int = 0) -> None:
+    """v[places] ← v[places] + values, for places that differ.
+
+    Example: v = [4, 9], places = [1], values = [-8]: v = [4, 1].
+    """
+    v[places] = rounded(v[places] + values, places, v.dtype, seed, V_BITS)
