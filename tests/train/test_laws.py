@@ -34,6 +34,7 @@ VARIANTS = {
     "no accumulation": {"local_accumulation": False},
     "excluded": {"exclude": ("a_*",)},
     "small buckets": {"bucket_bytes": 32},
+    "bfloat16 state": {"state_dtype": torch.bfloat16},
     "paper": {"fold_lr": False, "clip_norm": 3.0, "warmup_steps": 6},
 }
 
@@ -108,14 +109,18 @@ def test_equals_the_oracle(variant: str, nesterov: bool, workers: int) -> None:
             ]
         )
     wanted = torch.tensor([x for name in names for x in oracle.params[name]], dtype=torch.float64)
-    assert (found - wanted).norm() <= 2e-6 * wanted.norm()
+    tolerance = 2e-6 if config.state_dtype == torch.float32 else 0.05  # selects others
+    assert (found - wanted).norm() <= tolerance * wanted.norm()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 16, 32])
 @pytest.mark.parametrize("selector", [ExactTopK(), ThresholdTopK(), ChunkedTopK(chunk=8)], ids=str)
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_conservation(bits: int, selector: object, nesterov: bool) -> None:
-    """Without masking: Σ sent + residual = Σ what entered, on each rank."""
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+def test_conservation(
+    bits: int, selector: object, nesterov: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Without masking: Σ sent + residual = Σ what entered, on each rank, to rounding."""
     config = dgc.DGC(
         density=0.1,
         min_selected=1,
@@ -123,6 +128,7 @@ def test_conservation(bits: int, selector: object, nesterov: bool) -> None:
         selector=selector,  # type: ignore[arg-type]
         momentum_masking=False,
         fold_lr=False,
+        state_dtype=dtype,
     )
 
     def body(comm: ThreadCommunicator) -> tuple[Tensor, Tensor]:
@@ -146,7 +152,7 @@ def test_conservation(bits: int, selector: object, nesterov: bool) -> None:
     entered = sum(each[0] for each in results) / 2
     kept = sum(each[2] for each in results) / 2
     error = (results[0][1] + kept - entered).abs().max()
-    assert error <= 1e-5 * entered.abs().max()
+    assert error <= tolerance * entered.abs().max()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
