@@ -31,6 +31,18 @@ class Layout(NamedTuple):
         offsets = tuple(accumulate(numels, initial=0))
         return cls(tuple(numels), offsets, torch.tensor(offsets, dtype=torch.int64, device=device))
 
+    def places(self, indices: Tensor, counts: Sequence[int]) -> Tensor:
+        """Where `indices` int64 `[K]` lie in the flat tensor, counts[t] of them in tensor t.
+
+        The host does not wait for the device.
+
+        Example:
+            >>> Layout.of([3, 2]).places(torch.tensor([2, 0, 1]), [1, 2]).tolist()
+            [2, 3, 4]
+        """
+        each = torch.tensor(counts, dtype=torch.int64).to(self.table.device, non_blocking=True)
+        return indices + self.table[:-1].repeat_interleave(each, output_size=indices.numel())
+
     def split(self, flat: Tensor) -> tuple[Tensor, ...]:
         """The tensors of `flat` `[n]`, each a view `[numels[t]]`."""
         views: tuple[Tensor, ...] = torch.split(flat, list(self.numels))

@@ -82,9 +82,7 @@ class Memory:
 
     def _places(self, batch: SparseBatch) -> Tensor:
         """Positions of the selected elements in the flat state, int64 `[K]`."""
-        starts = self.layout.table[:-1]
-        counts = torch.tensor(batch.counts, device=starts.device)
-        return batch.indices + starts.repeat_interleave(counts)
+        return self.layout.places(batch.indices, batch.counts)
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Views of the state of one tensor, by the paper's names."""

@@ -162,8 +162,7 @@ class ReselectingBucket(CompressedBucket):
         return at
 
     def _places(self, batch: SparseBatch) -> Tensor:
-        counts = torch.tensor(batch.counts, device=self.layout.table.device)
-        return batch.indices + self.layout.table[:-1].repeat_interleave(counts)
+        return self.layout.places(batch.indices, batch.counts)
 
     def _tensor_of(self, places: Tensor) -> Tensor:
         """Which tensor of the bucket each flat position belongs to, int64."""

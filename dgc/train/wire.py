@@ -147,8 +147,7 @@ def encode_batch(
         raise ConfigError(f"the message has {len(data)} bytes, message_bytes is {message_bytes}")
     padded = np.zeros(message_bytes, np.uint8)
     padded[: len(data)] = np.frombuffer(data, np.uint8)
-    device = batch.values.device
-    return torch.from_numpy(padded).to(device), torch.from_numpy(values).to(device)
+    return _upload(padded, batch.values.device), _upload(values, batch.values.device)
 
 
 def _encode(
@@ -258,6 +257,8 @@ def set_mean_(
         >>> len(set_mean_([message, message], [grad], 0.5)), grad.tolist()
         (2, [0.0, 6.0, 0.0])
     """
+    if isinstance(messages, Tensor):
+        messages = messages.cpu()  # in one copy
     return _add_(list(messages), grads, scale, overwrite=True)
 
 
@@ -293,9 +294,9 @@ def _add_on_device_(
         torch._foreach_zero_(list(grads))
     for each in decoded:
         factors = np.repeat(scales, each.counts)
-        values = torch.from_numpy(each.values * factors).to(grads[0].device)
+        values = _upload(each.values * factors, grads[0].device)
         starts = np.repeat(_starts(each.header.numels), each.counts)
-        indices = torch.from_numpy(each.positions - starts).to(grads[0].device)
+        indices = _upload(each.positions - starts, grads[0].device)
         counts = each.counts.tolist()
         runs = zip(grads, indices.split(counts), values.split(counts), strict=True)
         for grad, where, what in runs:
@@ -313,6 +314,11 @@ def _check_dense(grads: Sequence[Tensor]) -> None:
 
 def _host(tensor: Tensor, dtype: torch.dtype) -> npt.NDArray[Any]:
     return tensor.detach().to("cpu", dtype).contiguous().numpy()
+
+
+def _upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """`array` on `device`; the host does not wait for it."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def _bytes(message: Tensor) -> Bytes:

@@ -1,8 +1,9 @@
 """The kernels on a GPU: Triton for the passes over the state, torch for the few candidates.
 
-One read by the host a bucket: whether the gradient is finite and how many elements of each tensor
-reached their threshold. A tensor where too few did, or more than its buffer holds, is selected by
-`reference`. Results equal those of `reference` bit for bit; that needs products and sums rounded
+The host waits for the device once a bucket, to read whether the gradient is finite and how many
+elements of each tensor reached their threshold; what it uploads are short tables, without waiting. A
+tensor where too few did, or more than its buffer holds, is selected by `reference`, which waits five
+times. Results equal those of `reference` bit for bit; that needs products and sums rounded
 one by one, so launches forbid fused multiply-adds. A bfloat16 state goes to the kernels as int16, the
 upper halves of float32. Shapes: T tensors, n elements, B blocks.
 """
@@ -26,6 +27,7 @@ from dgc.core.kernels.cuda_trim import (
     runs,
     target,
     trim,
+    uploaded,
 )
 from dgc.core.layout import Layout
 from dgc.core.sparse import SparseBatch
@@ -270,12 +272,12 @@ def _pass(
     report = torch.zeros(len(counts) + 1, dtype=torch.int64, device=device)
     where = torch.empty(wanted.total, dtype=torch.int64, device=device)
     what = torch.empty(wanted.total, device=device)
-    addresses = torch.tensor([g.data_ptr() for g in grads], dtype=torch.int64, device=device)
+    addresses = uploaded([g.data_ptr() for g in grads], device)
     grid = (blocks.owners.numel(),)
     if grid[0] and update is not None:
         _check[grid](addresses, *blocks, report[-1:], BLOCK=BLOCK)
     if grid[0]:
-        rows = v if update is None else update.to(device)
+        rows = v if update is None else update.to(device, non_blocking=True)
         states = [_raw(state) for state in (v if u is None else u, v)]
         memory = (addresses, *states, *blocks, layout.table, rows, low)
         _advance[grid](

@@ -4,6 +4,7 @@ All sizes are known on the host; what depends on values stays on the device.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,11 @@ class Candidates(NamedTuple):
     passed: tuple[int, ...]
 
 
+def uploaded(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """`numbers` as int64 on `device`; the host does not wait for it."""
+    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
+
+
 def runs(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:
     """starts[t], starts[t] + 1, … lengths[t] of them, for all t; int64 on `device`.
 
@@ -44,9 +50,10 @@ def runs(starts: Sequence[int], lengths: Sequence[int], device: torch.device) ->
         >>> runs([5, 9], [2, 1], torch.device("cpu")).tolist()
         [5, 6, 9]
     """
-    sizes = torch.tensor(lengths, dtype=torch.int64)
-    shift = torch.tensor(starts, dtype=torch.int64) - (sizes.cumsum(0) - sizes)
-    return (torch.arange(int(sizes.sum())) + shift.repeat_interleave(sizes)).to(device)
+    shifts = [s - f for s, f in zip(starts, _firsts(lengths), strict=True)]
+    sizes, total = uploaded(lengths, device), sum(lengths)
+    shift = uploaded(shifts, device).repeat_interleave(sizes, output_size=total)
+    return torch.arange(total, device=device) + shift
 
 
 def trim(found: Candidates, layout: Layout, counts: Sequence[int]) -> tuple[SparseBatch, Tensor]:
@@ -56,8 +63,8 @@ def trim(found: Candidates, layout: Layout, counts: Sequence[int]) -> tuple[Spar
         The selection; and the magnitudes of all candidates, each tensor's from large to small.
     """
     device, passed = found.places.device, found.passed
-    per_tensor = torch.tensor(passed, dtype=torch.int64)
-    owners = torch.arange(len(passed)).repeat_interleave(per_tensor).to(device)
+    owners = torch.arange(len(passed), device=device)
+    owners = owners.repeat_interleave(uploaded(passed, device), output_size=sum(passed))
     places, order = found.places.sort()
     values = found.values[order]
     bits = values.view(torch.int32) & MAGNITUDE
@@ -84,22 +91,20 @@ def remember_(
     wanted = [t for t, (k, n) in enumerate(zip(counts, passed, strict=True)) if k and n >= k]
     aims = [min(target(counts[t]), passed[t]) for t in wanted]
     firsts = _firsts(passed)
-    at = torch.tensor([firsts[t] + aim - 1 for t, aim in zip(wanted, aims, strict=True)])
-    # With fewer candidates than aimed at the next threshold is a little lower than the last.
-    enough = [aim == target(counts[t]) for t, aim in zip(wanted, aims, strict=True)]
-    scale = torch.where(torch.tensor(enough, dtype=torch.bool), 1.0, 0.98).to(ranked.device)
     device = ranked.device
-    thresholds[torch.tensor(wanted, dtype=torch.int64).to(device)] = (
-        ranked[at.long().to(device)] * scale
+    at = uploaded([firsts[t] + aim - 1 for t, aim in zip(wanted, aims, strict=True)], device)
+    # With fewer candidates than aimed at the next threshold is a little lower than the last.
+    enough = uploaded(
+        [aim == target(counts[t]) for t, aim in zip(wanted, aims, strict=True)], device
     )
+    scale = torch.where(enough > 0, 1.0, 0.98)
+    thresholds[uploaded(wanted, device)] = ranked[at] * scale
     few = [t for t, (k, n) in enumerate(zip(counts, passed, strict=True)) if k and n < k]
-    thresholds[torch.tensor(few, dtype=torch.int64).to(device)] = EVERYTHING
+    thresholds[uploaded(few, device)] = EVERYTHING
 
 
 def _firsts(sizes: Sequence[int]) -> list[int]:
-    total = torch.tensor(sizes, dtype=torch.int64)
-    firsts: list[int] = (total.cumsum(0) - total).tolist()
-    return firsts
+    return list(accumulate(sizes, initial=0))[:-1]
 
 
 def replace(

@@ -107,9 +107,7 @@ def release_(
 
     Example: v = [4, 9], S = {1}, sent = [8]: v = [4, 1].
     """
-    counts = torch.tensor(batch.counts, device=v.device)
-    size = batch.indices.numel()
-    places = batch.indices + layout.table[:-1].repeat_interleave(counts, output_size=size)
+    places = layout.places(batch.indices, batch.counts)
     add_(v, places, -sent, seed)
     if u is not None:
         u[places] = 0.0
