@@ -87,6 +87,7 @@ def train(
     model = task.model(seed)
     world = World(model, task.optimizer(model, lr), config, workers)
     total, step, start = epochs * task.steps(workers, batch), 0, time.perf_counter()
+    clip = task.clip if isinstance(config, Dense) else None  # DGC clips by its own clip_norm
     curve: list[float] = []
     for epoch in range(epochs):
         loss = 0.0
@@ -94,7 +95,7 @@ def train(
             for losses in task.epoch(model, workers, batch, 1_000_003 * (seed + 1) + epoch):
                 for group in world.optimizer.param_groups:
                     group["lr"] = lr * SCHEDULES[schedule](step / total)
-                loss += world.step(losses)
+                loss += world.step(losses, clip)
                 step += 1
         except GradientError:
             break

@@ -23,6 +23,9 @@ class Task(Protocol):
     metric: str
     """What `evaluate` gives: "accuracy", in percent, or "perplexity"."""
 
+    clip: float | None
+    """Norm to which dense training clips the mean gradient; None does not clip."""
+
     def model(self, seed: int) -> nn.Module: ...
 
     def optimizer(self, model: nn.Module, lr: float) -> Optimizer: ...
@@ -41,7 +44,7 @@ class Task(Protocol):
 class Images:
     """A network of launch/models.py on Fashion-MNIST, with SGD, Nesterov momentum 0.9, weight decay."""
 
-    metric = "accuracy"
+    metric, clip = "accuracy", None
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -94,7 +97,7 @@ class Teacher:
     Needs no data and takes seconds: the regression test's task, and a first look at an idea.
     """
 
-    metric = "accuracy"
+    metric, clip = "accuracy", None
 
     def __init__(self, steps: int = 300) -> None:
         self._steps = steps
@@ -141,8 +144,10 @@ class Text:
         optimizer: Callable[[nn.Module, float], Optimizer],
         length: int,
         steps: int,
+        clip: float | None = None,
     ) -> None:
         self.network, self.optimizer, self.length, self._steps = network, optimizer, length, steps
+        self.clip = clip
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -241,6 +246,6 @@ TASKS: dict[str, Task] = {
     "lenet5": Images("lenet5"),
     "lenet300": Images("lenet300"),
     "resnet20": Images("resnet20"),
-    "lstm": Text(LSTM, _sgd, length=64, steps=200),
+    "lstm": Text(LSTM, _sgd, length=64, steps=200, clip=1.0),
     "gpt": Text(GPT, _adamw, length=128, steps=100),
 }

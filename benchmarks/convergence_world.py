@@ -87,8 +87,11 @@ class World:
         for queue in hub.queues:
             queue.clear()
 
-    def step(self, losses: Sequence[Callable[[], Tensor]]) -> float:
-        """One training step; `losses[i]()` is the loss of worker i. Returns their mean."""
+    def step(self, losses: Sequence[Callable[[], Tensor]], clip: float | None = None) -> float:
+        """One training step; `losses[i]()` is the loss of worker i. Returns their mean.
+
+        `clip` is the norm to which the mean gradient is clipped; None does not clip.
+        """
         total = 0.0
         for follower, loss in zip(self.followers, losses[1:], strict=True):
             with self.optimizer.no_sync():
@@ -100,6 +103,9 @@ class World:
             self.optimizer.zero_grad()
         value = losses[0]()
         value.backward()
+        if clip is not None:
+            self.optimizer.synchronize()
+            nn.utils.clip_grad_norm_(self.optimizer.params.values(), clip)
         self.optimizer.step()
         for follower in self.followers:
             follower.finish()

@@ -75,7 +75,7 @@ class Oracle:
         config, sgd = self.config, self.sgd[name]
         u, v = self.u[worker][name], self.v[worker][name]
         rate = sgd.lr if config.fold_lr else 1.0
-        gain = 1.0 if self.step_number == 0 else 1 - sgd.dampening
+        gain = self._gain(sgd)
         for j, x in enumerate(g):
             if not config.momentum_correction:
                 entering = x
@@ -97,6 +97,9 @@ class Oracle:
             v[:] = [0.0] * len(v)
         return sent
 
+    def _gain(self, sgd: Sgd) -> float:
+        return 1.0 if self.step_number == 0 else 1 - sgd.dampening
+
     def _apply(self, name: str, arrived: list[float]) -> None:
         sgd, p = self.sgd[name], self.params[name]
         own = self.config.momentum_correction
@@ -113,3 +116,23 @@ class Oracle:
         for j in range(len(p)):
             direction = d[j] + sgd.momentum * buffer[j] if sgd.nesterov else buffer[j]
             p[j] -= sgd.lr * (direction + (arrived[j] if own else 0.0))
+
+
+@dataclass
+class AdamWOracle(Oracle):
+    """AdamW: `Sgd.momentum` is β1. Its second moment is that of what arrived."""
+
+    beta2: float = 0.99
+    eps: float = 1e-8
+
+    def _gain(self, sgd: Sgd) -> float:
+        return 1 - sgd.momentum
+
+    def _apply(self, name: str, arrived: list[float]) -> None:
+        sgd, p = self.sgd[name], self.params[name]
+        second = self.shared.setdefault(name, [0.0] * len(p))
+        for j, x in enumerate(arrived):
+            x /= sgd.lr if self.config.fold_lr else 1.0
+            second[j] = self.beta2 * second[j] + (1 - self.beta2) * x * x
+            root = math.sqrt(second[j] / (1 - self.beta2 ** (self.step_number + 1)))
+            p[j] -= sgd.lr * (x / (root + self.eps) + sgd.weight_decay * p[j])

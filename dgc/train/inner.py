@@ -1,28 +1,29 @@
 """The user's own optimizer: what it tells the memory, and its step with momentum applied once."""
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.nn import Parameter
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
 from dgc.config import DGC, Compression
 from dgc.errors import ConfigError, StateError
 from dgc.train.bucket import Row
-from dgc.train.momentum import LocalMomentum
+from dgc.train.momentum import AdamMomentum, Momentum, SgdMomentum
 from dgc.train.reducer import is_excluded
 
-_NO_MOMENTUM = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0}
-_KNOWN = (SGD, Adam, AdamW)
+_KNOWN = (SGD, Adam)  # AdamW is an Adam
 
 
 class InnerStep:
     """Prepares an optimizer for a step with the mean gradient, and restores it afterwards.
 
-    With momentum correction the momentum, Nesterov, dampening and weight decay are read from its
-    param groups at each step, so schedulers keep working, and kept from being applied again.
+    With momentum correction the momentum (SGD's with Nesterov, dampening and weight decay, Adam's
+    β1) is read from its param groups at each step, so schedulers keep working, and kept from being
+    applied again.
 
     Args:
         optimizer: the optimizer that applies the mean.
@@ -44,8 +45,9 @@ class InnerStep:
         self.optimizer, self.params, self.config, self.scaler = optimizer, params, config, scaler
         self.owns_momentum = isinstance(config, DGC) and config.momentum_correction
         self.regroup()
-        self.local = LocalMomentum()
+        self.local: Momentum = SgdMomentum() if isinstance(optimizer, SGD) else AdamMomentum()
         self._sent_lr: dict[int, float] = {}
+        self._last_lr: dict[int, float] = {}  # that was not 0
         self._with_momentum: set[str] = set()  # had a step: dampening starts with the second
         self._loss_scale: float | None = None
         self._saved: list[dict[str, Any]] | None = None
@@ -72,13 +74,24 @@ class InnerStep:
             return Row()
         gain, lr, applied = 1 / self.loss_scale, 1.0, 1 / self.loss_scale
         if config.fold_lr:
-            # At rate 0 nothing enters, and what is left over is still applied as it is.
             lr = self._sent_lr[id(group)] = float(group["lr"])
-            applied *= lr if lr else 1.0
-        if not self.owns_momentum:
-            return Row(gain=gain, lr=lr, applied_lr=applied)
-        gain *= 1 - group["dampening"] if name in self._with_momentum else 1.0
-        return Row(group["momentum"], gain, lr, group["nesterov"], applied)
+            applied *= self._divisor(group)
+        own = Row()
+        if self.owns_momentum:
+            own = self.local.row(group, first=name not in self._with_momentum)
+        return own._replace(gain=own.gain * gain, lr=lr, applied_lr=applied)
+
+    def _divisor(self, group: dict[str, Any]) -> float:
+        """The rate at which what arrives is applied.
+
+        At rate 0 nothing enters. SGD still applies what is left over, with step 1; others, for which
+        a step of 1 has another meaning, do not move, and it enters their moments.
+        """
+        lr = float(group["lr"])
+        if lr:
+            self._last_lr[id(group)] = lr
+            return lr
+        return 1.0 if isinstance(self.optimizer, SGD) else self._last_lr.get(id(group), 1.0)
 
     def _group_of(self, name: str) -> dict[str, Any]:
         param = self.params[name]
@@ -99,25 +112,25 @@ class InnerStep:
                     self._with_momentum.add(name)
                     self._add_local(name, param)
         for group in self.optimizer.param_groups:
-            group.update(_NO_MOMENTUM if self.owns_momentum else {})
+            group.update(self.local.without(group) if self.owns_momentum else {})
             if self._steps_with_one(group):
                 group["lr"] = 1.0
 
     def after(self) -> None:
         """Give the param groups their own options back."""
         for group, old in zip(self.optimizer.param_groups, self._saved or (), strict=False):
-            changed = (*_NO_MOMENTUM, "lr") if self.owns_momentum else ("lr",)
-            group.update({key: old[key] for key in changed})
+            changed = self.local.without(old) if self.owns_momentum else ()
+            group.update({key: old[key] for key in (*changed, "lr")})
         self._saved = None
 
     def _add_local(self, name: str, param: Parameter) -> None:
         group = self._group_of(name)
         excluded, scale = is_excluded(name, self.config), 1 - self._steps_with_one(group)
-        self.local.add_(name, param, group, excluded=excluded, scale=scale)
+        self.local.local_(name, param, group, excluded=excluded, scale=scale)
 
     def _steps_with_one(self, group: dict[str, Any]) -> bool:
         """Whether what arrived is applied as it is, as the learning rate was 0 when it was sent."""
-        return self._sent_lr.get(id(group)) == 0
+        return isinstance(self.optimizer, SGD) and self._sent_lr.get(id(group)) == 0
 
     def state_dict(self) -> dict[str, Any]:
         """What the wrapped optimizer's own state lacks, by parameter name."""
@@ -162,15 +175,17 @@ def check_supported(
                 stacklevel=4,
             )
         return
-    if not isinstance(optimizer, SGD):
+    kind = next((each for each in _KNOWN if isinstance(optimizer, each)), None)
+    if kind is None:
         raise ConfigError(
-            f"momentum correction needs torch.optim.SGD, this is {name}: pass "
+            f"momentum correction needs torch.optim.SGD, Adam or AdamW, this is {name}: pass "
             "compression=dgc.DGC(momentum_correction=False) to leave momentum to the optimizer"
         )
-    if type(optimizer).step is not SGD.step:
+    # Unwrapped: torch wraps `step` of each class that it has made an instance of.
+    if inspect.unwrap(type(optimizer).step) is not inspect.unwrap(kind.step):
         raise ConfigError(
-            f"{name} overrides SGD.step and may apply momentum a second time: "
-            "use torch.optim.SGD, or dgc.DGC(momentum_correction=False)"
+            f"{name} overrides {kind.__name__}.step and may apply momentum a second time: "
+            f"use torch.optim.{kind.__name__}, or dgc.DGC(momentum_correction=False)"
         )
     if any("momentum_buffer" in each for each in optimizer.state.values()):
         raise ConfigError(
@@ -179,8 +194,8 @@ def check_supported(
         )
     if scaler is not None and any(group.get("fused") for group in optimizer.param_groups):
         raise ConfigError(
-            "SGD(fused=True) unscales inside its step, after weight decay was added: with a "
-            "GradScaler use fused=False"
+            f"{name}(fused=True) unscales inside its step, after the local share of momentum was "
+            "added: with a GradScaler use fused=False"
         )
 
 

@@ -1,18 +1,44 @@
-"""The part of SGD's momentum that is the same on all ranks, applied after the exchange.
+"""The user's momentum in two shares: what enters the memory of a rank, and what needs no sending.
 
-Weight decay, and the mean gradient of excluded parameters, need no sending: SGD is linear in what
-enters its momentum, so their share of it is kept here and added to what arrived.
+Weight decay and the mean gradient of excluded parameters are the same on all ranks: their momentum
+is kept here and applied after the exchange.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from dgc.train.bucket import Row
 
-class LocalMomentum:
-    """One momentum buffer for each parameter that needs one, by name, in the paper's place of SGD's.
+
+class Momentum(Protocol):
+    """Momentum as the memory applies it in the place of an optimizer.
+
+    Attributes:
+        buffers: the share that needs no sending, by parameter name, with its shape and dtype.
+    """
+
+    buffers: dict[str, Tensor]
+
+    def row(self, group: dict[str, Any], *, first: bool) -> Row:
+        """u ← m·u + c·g with the options of `group`; `first` at a parameter's first step."""
+        ...
+
+    def local_(
+        self, name: str, param: Parameter, group: dict[str, Any], *, excluded: bool, scale: float
+    ) -> None:
+        """Add `scale` times the local share to `param.grad`, the mean that arrived."""
+        ...
+
+    def without(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The options with which the optimizer applies nothing of this again."""
+        ...
+
+
+class SgdMomentum(Momentum):
+    """SGD is linear in what enters its momentum, so the shares add up to SGD on the mean gradient.
 
         d = wd·p  (+ g̅ if excluded)
         b ← m·b + (1 − dampening)·d          the first time b ← d, as torch.optim.SGD does
@@ -25,8 +51,15 @@ class LocalMomentum:
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
 
+    def row(self, group: dict[str, Any], *, first: bool) -> Row:
+        gain = 1.0 if first else 1 - group["dampening"]
+        return Row(group["momentum"], gain, nesterov=group["nesterov"])
+
+    def without(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0}
+
     @torch.no_grad()
-    def add_(
+    def local_(
         self, name: str, param: Parameter, group: dict[str, Any], *, excluded: bool, scale: float
     ) -> None:
         """Add `scale` times the local share to `param.grad`.
@@ -55,3 +88,35 @@ class LocalMomentum:
             param.grad.copy_(sign * scale * d)
         else:
             param.grad.add_(d, alpha=sign * scale)
+
+
+class AdamMomentum(Momentum):
+    """Adam's first moment in the memory; the second is the optimizer's, of what arrives.
+
+        u ← β1·u + (1 − β1)·g        on each rank, masked where it is sent
+        p ← p − lr·g̅ / (√ŝ + ε)      ŝ the moving average of g̅² with β2: Adam with β1 = 0
+
+    Weight decay stays the optimizer's, which applies it to the parameters of every rank alike.
+    Excluded parameters get the same moving average, of the mean gradient.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+
+    def row(self, group: dict[str, Any], *, first: bool) -> Row:
+        beta = float(group["betas"][0])
+        return Row(beta, 1 - beta)
+
+    def without(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {"betas": (0.0, group["betas"][1])}
+
+    @torch.no_grad()
+    def local_(
+        self, name: str, param: Parameter, group: dict[str, Any], *, excluded: bool, scale: float
+    ) -> None:
+        if excluded:
+            assert param.grad is not None
+            beta = float(group["betas"][0])
+            buffer = self.buffers.setdefault(name, torch.zeros_like(param))
+            buffer.mul_(beta).add_(param.grad, alpha=1 - beta)
+            param.grad.copy_(buffer)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-import dgc
 from dgc.integrations.transformers import register
 from tests.integrations.loops import CONFIG, check, flat, net, samples
 from tests.processes import leave
@@ -45,8 +44,7 @@ def train(resume: bool, adam: bool = False) -> Tensor:
     sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     own: dict[str, Any] = {} if adam else {"optimizers": (sgd, None)}
     trainer = Trainer(model, args, train_dataset=data, **own)
-    config = dgc.DGC(density=0.05, min_selected=1, momentum_correction=False) if adam else CONFIG
-    callback = register(trainer, config)
+    callback = register(trainer, CONFIG)
     trainer.train(resume_from_checkpoint=f"{sys.argv[1]}/checkpoint-3" if resume else None)
     assert trainer.state.global_step == STEPS
     check(callback.state, model, STEPS // 2 if resume else STEPS)

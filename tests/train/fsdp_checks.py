@@ -43,10 +43,12 @@ def data(step: int, rank: int | None = None) -> Tensor:
     return torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
 
 
-def start(config: Any = EXACT, **options: Any) -> tuple[Any, Any, Any]:
+def start(config: Any = EXACT, adam: bool = False, **options: Any) -> tuple[Any, Any, Any]:
     mesh = mesh_of()
     model = sharded(mesh)
-    sgd = torch.optim.SGD(model.parameters(), **{**SGD, **options})
+    sgd: Any = torch.optim.SGD(model.parameters(), **{**SGD, **options})
+    if adam:
+        sgd = torch.optim.AdamW(model.parameters(), lr=0.01)
     return model, sgd, dgc.apply_fsdp2(model, mesh["replicate"].get_group(), sgd, config)
 
 
@@ -85,8 +87,9 @@ def equals_the_exact_mean() -> None:
         same_on_all_ranks(model)
 
 
-def trains_compressed_and_resumes() -> None:
-    model, sgd, state = start(dgc.DGC(density=0.1, min_selected=1))
+def trains_compressed_and_resumes(adam: bool = False) -> None:
+    config = dgc.DGC(density=0.1, min_selected=1, exclude=("0.*",) if adam else ())
+    model, sgd, state = start(config, adam)
     losses, halves = [], {}
     for step in range(40):
         if step == 20:
@@ -103,7 +106,7 @@ def trains_compressed_and_resumes() -> None:
     same_on_all_ranks(model)
     with pytest.raises(ConfigError, match="2 of the job's 4 ranks"):
         checkpoint.save(state, "nowhere")
-    again, sgd, state = start(dgc.DGC(density=0.1, min_selected=1))
+    again, sgd, state = start(config, adam)
     with pytest.raises(StateError, match="of shard"):
         state.load_state_dict({**halves["c"], "shard": 1 - dist.get_rank() % 2})
     assert all(type(t) is Tensor for t in halves["c"]["local_momentum"].values())
@@ -115,6 +118,10 @@ def trains_compressed_and_resumes() -> None:
         clip_grad_norm_(again.parameters(), 1.0)
         sgd.step()
     assert all(map(torch.equal, full(model), full(again)))
+
+
+def trains_and_resumes_with_adamw() -> None:
+    trains_compressed_and_resumes(adam=True)
 
 
 def skips_together() -> None:
@@ -165,6 +172,7 @@ def notices_a_missing_zero_grad() -> None:
 CHECKS = [
     equals_the_exact_mean,
     trains_compressed_and_resumes,
+    trains_and_resumes_with_adamw,
     skips_together,
     refuses,
     notices_a_missing_zero_grad,

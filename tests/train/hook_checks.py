@@ -69,6 +69,7 @@ def train_pair(
     extra: Any = lambda step: True,
     options: dict[str, Any] | None = None,
     dtypes: dict[str, torch.dtype] | None = None,
+    adam: bool = False,
 ) -> tuple[dgc.DistributedOptimizer, Any]:
     """Train one net through DDP and one through DistributedOptimizer; they must stay the same."""
     one, two = Net(), Net()
@@ -79,8 +80,8 @@ def train_pair(
             getattr(net, name).register_forward_hook(lambda m, a, out: out.float())
     ddp = ddp_of(one, **(options or {}))
     mine, theirs = (
-        torch.optim.SGD(one.parameters(), **SGD),
-        torch.optim.SGD(two.parameters(), **SGD),
+        torch.optim.AdamW(net.parameters()) if adam else torch.optim.SGD(net.parameters(), **SGD)
+        for net in (one, two)
     )
     state = dgc.register(ddp, mine, config)
     wrapped = dgc.DistributedOptimizer(theirs, two.named_parameters(), config, TorchCommunicator())
@@ -107,6 +108,7 @@ def equals_the_optimizer() -> None:
     train_pair(CONFIG, passes=3)
     train_pair(dgc.DGC.paper(warmup_steps=4, density=0.1, clip_norm=0.5))
     train_pair(dgc.DGC(density=0.1, min_selected=1, exclude=("*.bias",)))
+    train_pair(dgc.DGC(density=0.1, min_selected=1, exclude=("*.bias",)), adam=True)
 
 
 def equals_the_optimizer_in_mixed_dtypes() -> None:
@@ -279,7 +281,7 @@ def refuses() -> None:
     with pytest.raises(ConfigError, match="does not train"):
         dgc.register(ddp, sgd_of(ddp.module.last))
     with pytest.raises(ConfigError, match=r"momentum_correction=False"):
-        dgc.register(ddp, torch.optim.Adam(ddp.parameters()))
+        dgc.register(ddp, torch.optim.NAdam(ddp.parameters()))
     optimizer = dgc.DistributedOptimizer(
         sgd_of(ddp.module), ddp.module.named_parameters(), CONFIG, TorchCommunicator()
     )
