@@ -89,25 +89,39 @@ def interval(
     return f"{text} {mark} {half:.{digits}f}{unit}"
 
 
+# What the picture shows: title, and the setting and arms of its rows.
+PANELS = (
+    ("LeNet-5", "lenet5", 5, "dense,lr=0.05", "dgc,warmup_epochs=0.5,lr=0.1"),
+    ("LeNet-300-100", "lenet300", 20, "dense,lr=0.1", "dgc,warmup_epochs=0.5,lr=0.2"),
+)
+
+
 def picture(rows: Sequence[Row], path: Path) -> None:
-    """Accuracy after each epoch against the bytes that a worker has sent, means over seeds."""
+    """The result after each epoch, dense and compressed: means over seeds, and their range."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    arms: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        if row["final"] is not None:
-            arms[row["arm"]].append(row)
-    figure, axes = plt.subplots(figsize=(6, 3.5), dpi=100)
-    for arm, own in arms.items():
-        curves = [row["curve"] for row in own]
-        sent = mean(row["stats"]["sent_bytes"] for row in own) / 2**20
-        bytes_ = [sent * (i + 1) / len(curves[0]) for i in range(len(curves[0]))]
-        axes.plot(bytes_, [mean(v) for v in zip(*curves, strict=True)], "o-", ms=3, label=arm)
-    axes.set(xscale="log", xlabel="sent by a worker, MiB", ylabel=f"test {rows[0]['metric']}, %")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(3 * len(PANELS), 2.6), dpi=100)
+    for axis, (title, task, epochs, *arms) in zip(axes, PANELS, strict=True):
+        for arm, color in zip(arms, ("tab:gray", "tab:red"), strict=True):
+            wanted = (task, 4, epochs, "cosine", arm)
+            keys = ("task", "workers", "epochs", "schedule", "arm")
+            _curve(axis, [r for r in rows if tuple(r[k] for k in keys) == wanted], color)
+        axis.set(title=title, xlabel="epoch")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, metadata={"Software": None})
+
+
+def _curve(axis: Any, rows: Sequence[Row], color: str) -> None:
+    ratio = mean(row["stats"]["compression_ratio"] for row in rows)
+    label = "dense" if rows[0]["arm"].startswith("dense") else f"dgc, 1/{ratio:.0f} of the bytes"
+    points = list(zip(*(row["curve"] for row in rows), strict=True))
+    x = range(1, len(points) + 1)
+    axis.plot(x, list(map(mean, points)), "o-", ms=2.5, color=color, label=label)
+    low, high = list(map(min, points)), list(map(max, points))
+    axis.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
+    axis.set_ylabel("accuracy, %" if rows[0]["metric"] == "accuracy" else "perplexity")

@@ -87,8 +87,9 @@ class DGC(Compression):
     so compression then starts when the backward pass has ended. None does not clip."""
 
     momentum_correction: bool = True
-    """The memory applies the optimizer's momentum before accumulation. False leaves momentum to
-    the optimizer, after the exchange: plain error feedback."""
+    """The memory applies the optimizer's momentum, SGD's or the β1 of Adam and AdamW, before
+    accumulation. False leaves momentum to the optimizer, after the exchange: plain error feedback,
+    for any optimizer."""
 
     momentum_masking: bool = True
     """Momentum factor masking: the momentum of what was sent is set to zero. Stable at learning

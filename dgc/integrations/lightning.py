@@ -19,7 +19,7 @@ class DGCCallback(_Callback):  # type: ignore[misc]
 
     Lightning's checkpoints then hold the memory of all ranks, and a `fit(ckpt_path=...)` on the same
     number of ranks goes on bit for bit, on another number without loss of mass. The module's
-    optimizer is torch.optim.SGD, or any with `DGC(momentum_correction=False)`; it must have one.
+    optimizer is torch.optim.SGD, Adam or AdamW, or any with `DGC(momentum_correction=False)`.
 
     Args:
         compression: `dgc.DGC(...)` or `dgc.Dense(...)`; `DGC()` by default.

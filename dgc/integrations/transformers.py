@@ -13,10 +13,9 @@ from dgc.train.hook import HookState
 def register(trainer: Any, compression: Compression | None = None) -> Any:
     """Have a Trainer exchange its gradients compressed.
 
-    Call it once, before `trainer.train()`. The Trainer's own optimizer is AdamW, which needs
-    `DGC(momentum_correction=False)`; for momentum correction give the Trainer
-    `optimizers=(torch.optim.SGD(...), None)`. Each checkpoint gets a folder "dgc" with the memory of
-    all ranks, and `train(resume_from_checkpoint=...)` reads that of `output_dir`.
+    Call it once, before `trainer.train()`. The Trainer's own AdamW will do. Each checkpoint gets a
+    folder "dgc" with the memory of all ranks, and `train(resume_from_checkpoint=...)` reads that of
+    `output_dir`.
 
     Args:
         trainer: a `transformers.Trainer`.

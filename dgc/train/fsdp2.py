@@ -143,8 +143,8 @@ def apply_fsdp2(
     Args:
         model: the root module, after `torch.distributed.fsdp.fully_shard`.
         replicate_group: the ranks that hold the same shards.
-        optimizer: torch.optim.SGD over the model's parameters; any optimizer with
-            `DGC(momentum_correction=False)` or `Dense`.
+        optimizer: torch.optim.SGD, Adam or AdamW over the model's parameters; any optimizer
+            with `DGC(momentum_correction=False)` or `Dense`.
         compression: `dgc.DGC(...)` or `dgc.Dense(...)`; `DGC()` by default.
         scaler: the `torch.amp.GradScaler` of the training loop, if it has one.
 

@@ -82,8 +82,8 @@ def register(
 
     Args:
         ddp_model: `torch.nn.parallel.DistributedDataParallel`, or `torch.compile` of one.
-        optimizer: torch.optim.SGD over all its parameters; any optimizer with
-            `DGC(momentum_correction=False)` or `Dense`.
+        optimizer: torch.optim.SGD, Adam or AdamW over all its parameters; any optimizer
+            with `DGC(momentum_correction=False)` or `Dense`.
         compression: `dgc.DGC(...)` or `dgc.Dense(...)`; `DGC()` by default.
         scaler: the `torch.amp.GradScaler` of the training loop, if it has one: gradients are
             unscaled before they enter the memory.

@@ -24,11 +24,13 @@ class DistributedOptimizer(Optimizer):
     """Wraps an optimizer: gradients are exchanged during backward, `step` applies their mean.
 
     Parameters (and buffers, where given) are overwritten with those of rank 0 at construction.
-    With momentum correction the momentum, Nesterov, dampening and weight decay of the wrapped SGD
-    are read from its param groups at each step, so schedulers keep working, and applied once: here.
+    With momentum correction the momentum of the wrapped optimizer (SGD's with Nesterov, dampening
+    and weight decay, Adam's β1) is read from its param groups at each step, so schedulers keep
+    working, and applied once: here. Adam then steps with β1 = 0; see `dgc.train.momentum`.
 
     Args:
-        optimizer: torch.optim.SGD; any optimizer with `DGC(momentum_correction=False)` or `Dense`.
+        optimizer: torch.optim.SGD, Adam or AdamW; any with `DGC(momentum_correction=False)` or
+            `Dense`.
         named_parameters: `model.named_parameters()`, which must name all that `optimizer` trains.
         compression: `dgc.DGC(...)` or `dgc.Dense(...)`.
         comm: the ranks; None is the communicator of the last `dgc.init()`.
