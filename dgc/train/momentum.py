@@ -96,8 +96,14 @@ class AdamMomentum(Momentum):
         u ← β1·u + (1 − β1)·g        on each rank, masked where it is sent
         p ← p − lr·g̅ / (√ŝ + ε)      ŝ the moving average of g̅² with β2: Adam with β1 = 0
 
+    At density 1 without masking g̅ is the moving average of the mean gradient. Dense Adam takes ŝ
+    of the gradient itself, which is larger: the same only up to the learning rate.
+
     Weight decay stays the optimizer's, which applies it to the parameters of every rank alike.
     Excluded parameters get the same moving average, of the mean gradient.
+
+    Attributes:
+        buffers: that average, by parameter name.
     """
 
     def __init__(self) -> None:
@@ -108,7 +114,8 @@ class AdamMomentum(Momentum):
         return Row(beta, 1 - beta)
 
     def without(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {"betas": (0.0, group["betas"][1])}
+        beta1, beta2 = group["betas"]
+        return {"betas": (0 * beta1, beta2)}  # torch wants two floats or two tensors
 
     @torch.no_grad()
     def local_(
