@@ -1,10 +1,13 @@
-"""`Communicator` over mpi4py; CUDA tensors are staged through host memory."""
+"""`Communicator` over mpi4py.
 
+MPI reads and writes GPU memory where it says it can; else CUDA tensors are staged in pinned memory.
+"""
+
+import ctypes
 import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,9 +30,19 @@ def import_mpi() -> Any:
     return MPI
 
 
-def _host(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The bytes of a contiguous CPU tensor, shared."""
-    return tensor.view(-1).view(torch.uint8).numpy()
+def is_cuda_aware(library: str) -> bool:
+    """Whether MPI says that it can be given CUDA tensors.
+
+    Args:
+        library: a shared library that is linked with MPI, as `mpi4py.MPI.__file__`.
+    """
+    query = getattr(ctypes.CDLL(library), "MPIX_Query_cuda_support", None)  # Open MPI, MPICH
+    return query is not None and query() == 1
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor, shared: MPI and DLPack do not know every dtype."""
+    return tensor.view(-1).view(torch.uint8)
 
 
 class _Pending:
@@ -52,7 +65,7 @@ class _Pending:
                 )
             time.sleep(_POLL_SECONDS)
         self.kept = ()
-        return self.result.to(self.like.device, self.like.dtype)
+        return self.result.to(self.like.device, self.like.dtype, non_blocking=True)
 
 
 class _PendingInPlace(_Pending):
@@ -75,6 +88,7 @@ class MpiCommunicator:
         self.comm = (comm or self.mpi.COMM_WORLD).Dup()
         self.timeout_seconds = timeout_seconds
         self.device, self.host = torch.device("cpu"), self.mpi.Get_processor_name()
+        self.cuda_aware = is_cuda_aware(self.mpi.__file__)
         self.rank: int = self.comm.Get_rank()
         self.world_size: int = self.comm.Get_size()
 
@@ -83,42 +97,55 @@ class MpiCommunicator:
     ) -> _Pending:
         return _Pending(request, kept, result, like, self.timeout_seconds)
 
+    def _staged(self, tensor: Tensor, *, copy: bool = False) -> Tensor:
+        """`tensor` where MPI can read it and in a dtype that it can sum; a copy on request."""
+        dtype = _SUMMED_AS.get(tensor.dtype, tensor.dtype)
+        if tensor.device.type != "cuda":
+            return tensor.detach().to(dtype, copy=copy)
+        if self.cuda_aware:
+            sent = tensor.detach().to(dtype, copy=copy)
+            torch.cuda.current_stream(tensor.device).synchronize()  # MPI knows of no streams
+            return sent
+        return torch.empty(tensor.shape, dtype=dtype, pin_memory=True).copy_(tensor.detach())
+
+    def _room(self, sent: Tensor, shape: Sequence[int]) -> Tensor:
+        """Memory of the kind that `sent` has, for MPI to write to."""
+        pinned = sent.device.type == "cpu" and sent.is_pinned()
+        return torch.empty(tuple(shape), dtype=sent.dtype, device=sent.device, pin_memory=pinned)
+
     def all_gather(self, message: Tensor) -> Handle:
-        sent = message.cpu()
-        result = sent.new_empty(self.world_size, sent.numel())
-        buffers = (_host(sent), _host(result))
-        request = self.comm.Iallgather(*buffers)
-        return self._pending(request, (sent, *buffers), result, message)
+        sent = self._staged(_bytes(message.detach())).view(message.dtype)
+        result = self._room(sent, (self.world_size, sent.numel()))
+        request = self.comm.Iallgather(_bytes(sent), _bytes(result))
+        return self._pending(request, (sent,), result, message)
 
     def all_reduce(self, tensor: Tensor) -> Handle:
-        sent = tensor.to("cpu", _SUMMED_AS.get(tensor.dtype, tensor.dtype), copy=True).view(-1)
-        result = torch.empty_like(sent)
-        request = self.comm.Iallreduce(sent.numpy(), result.numpy())
-        shaped = result.view(tensor.shape)
-        return _PendingInPlace(request, (sent, result), shaped, tensor, self.timeout_seconds)
+        sent = self._staged(tensor, copy=True)
+        result = self._room(sent, sent.shape)
+        request = self.comm.Iallreduce(sent, result)
+        return _PendingInPlace(request, (sent,), result, tensor, self.timeout_seconds)
 
     def reduce_scatter(self, tensor: Tensor) -> Handle:
-        sent = tensor.to("cpu", _SUMMED_AS.get(tensor.dtype, tensor.dtype))
-        result = torch.empty_like(sent[0])
-        request = self.comm.Ireduce_scatter_block(sent.numpy(), result.numpy())
-        return self._pending(request, (sent, result), result, tensor)
+        sent = self._staged(tensor)
+        result = self._room(sent, sent.shape[1:])
+        request = self.comm.Ireduce_scatter_block(sent, result)
+        return self._pending(request, (sent,), result, tensor)
 
     def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
         sent = [m.numel() for m in messages]
         sizes, theirs = torch.tensor([sent, [0] * len(sent)], dtype=torch.int32)
-        asked = self.comm.Ialltoall(sizes.numpy(), theirs.numpy())
+        asked = self.comm.Ialltoall(sizes, theirs)
         received = self._pending(asked, (sizes,), theirs, sizes).wait().tolist()
-        packed = torch.cat(list(messages)).cpu()
-        result = packed.new_empty(sum(received))
-        request = self.comm.Ialltoallv((packed.numpy(), sent), (result.numpy(), received))
-        whole = self._pending(request, (packed, result), result, messages[0]).wait()
+        packed = self._staged(torch.cat(list(messages)))
+        result = self._room(packed, (sum(received),))
+        request = self.comm.Ialltoallv((packed, sent), (result, received))
+        whole = self._pending(request, (packed,), result, messages[0]).wait()
         return list(torch.split(whole, received))
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
-        staged = tensor.detach().to("cpu", copy=True).contiguous()
-        buffer = _host(staged)
-        request = self.comm.Ibcast(buffer, root)
-        tensor.copy_(self._pending(request, (staged, buffer), staged, tensor).wait())
+        staged = self._staged(_bytes(tensor.detach().contiguous()), copy=True)
+        self._pending(self.comm.Ibcast(staged, root), (), staged, staged).wait()
+        tensor.copy_(staged.view(tensor.dtype).view(tensor.shape), non_blocking=True)
 
     def barrier(self) -> None:
         nothing = torch.empty(0)
