@@ -13,7 +13,8 @@ class Guard:
     """Watches each parameter's gradient just before it is added to `.grad`.
 
     After `delivered()`, `.grad` holds a mean over ranks. A backward pass that adds to it, because
-    nobody called `zero_grad`, would have that mean enter the memory a second time.
+    nobody called `zero_grad`, would have that mean enter the memory a second time. One whose sum is
+    then dropped by `zero_grad`, as of a GAN's generator in its discriminator, does no harm.
 
     Attributes:
         used: the names that got a gradient since the last `delivered`.
@@ -23,17 +24,18 @@ class Guard:
         self.params = dict(params)
         self.used: set[str] = set()
         self._delivered: set[str] = set()
-        self._stale: list[Tensor] = []
+        self._stale: dict[str, Tensor] = {}  # bool, whether .grad still holds the mean
         for name, param in self.params.items():
             param.register_hook(self._hook(name, param))
 
     def _hook(self, name: str, param: Parameter) -> Callable[[Tensor], None]:
         def before(_: Tensor) -> None:
             self.used.add(name)
-            if name in self._delivered:
+            if name in self._delivered or name in self._stale:
                 self._delivered.discard(name)
+                was = self._stale.pop(name, True)
                 if param.grad is not None:
-                    self._stale.append(param.grad.any())
+                    self._stale[name] = param.grad.any() & was
 
         return before
 
@@ -49,8 +51,8 @@ class Guard:
         Raises:
             GradientError: a gradient was added to the mean of the step before.
         """
-        stale, self._stale = self._stale, []
-        if stale and bool(torch.stack(stale).any()):
+        stale, self._stale = self._stale, {}
+        if stale and bool(torch.stack(list(stale.values())).any()):
             raise GradientError(
                 "a backward pass added to gradients that already hold the mean of the step before: "
                 "call optimizer.zero_grad() after each step, and run all but the last backward "

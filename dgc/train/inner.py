@@ -172,7 +172,7 @@ def check_supported(
             warnings.warn(
                 f"{name} with compressed gradients has not been measured: it gets plain error "
                 "feedback, momentum correction does not apply",
-                stacklevel=4,
+                stacklevel=3,
             )
         return
     kind = next((each for each in _KNOWN if isinstance(optimizer, each)), None)

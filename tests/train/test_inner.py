@@ -115,8 +115,9 @@ def test_clip_grad_norm_after_synchronize() -> None:
 def test_another_optimizer_is_warned_of() -> None:
     model = Toy()
     other = torch.optim.RMSprop(model.parameters(), lr=0.01)
-    with pytest.warns(UserWarning, match=r"RMSprop .* momentum correction does not apply"):
+    with pytest.warns(UserWarning, match=r"RMSprop .* momentum correction does not apply") as told:
         dgc.DistributedOptimizer(other, model.named_parameters(), PLAIN)
+    assert [warning.filename for warning in told] == [__file__]  # once, where it was written
     with pytest.raises(ConfigError, match=r"RMSprop.*momentum_correction=False"):
         dgc.DistributedOptimizer(other, model.named_parameters())
 
@@ -144,6 +145,24 @@ def test_a_mean_never_enters_the_memory_again(set_to_none: bool) -> None:
     model.loss(gradients(3, 0)).backward()
     with pytest.raises(GradientError, match="zero_grad"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_what_is_added_to_a_mean_and_dropped_does_no_harm(set_to_none: bool) -> None:
+    """As a generator's backward pass through its discriminator, between two of its steps."""
+    models = [Toy(), Toy()]
+    for model, disturbed in zip(models, (False, True), strict=True):
+        optimizer = wrap(model, dgc.DGC(density=0.5, min_selected=1), None)
+        for step in range(3):
+            optimizer.zero_grad(set_to_none)
+            with optimizer.no_sync():
+                model.loss(gradients(2 * step, 0)).backward()
+            model.loss(gradients(2 * step + 1, 0)).backward()
+            optimizer.step()
+            if disturbed:
+                with optimizer.no_sync():
+                    model.loss(gradients(step, 1)).backward()
+    assert torch.equal(flat(models[0]), flat(models[1]))
 
 
 def test_the_profiler_shows_the_stages() -> None:
