@@ -44,14 +44,17 @@ def sizes_of(model: str) -> dict[str, int]:
     if model.isdecimal() and int(model):
         return {"parameter": int(model)}
     if model.endswith(".safetensors"):
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(Path(model), "pt") as file:
-            return {key: file.get_tensor(key).numel() for key in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(Path(model), "pt") as file:
+                return {key: file.get_tensor(key).numel() for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ConfigError(f"{model} is not a safetensors file: {error}") from error
     place, _, name = model.partition(":")
     try:
         built = getattr(import_module(place), name)()
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{model!r} gives no model ({error}): name a .safetensors file, MODULE:FUNCTION, or a "
             "number of elements"
@@ -97,8 +100,10 @@ def bench(
         repeats: timed exchanges of each bucket.
 
     Raises:
-        ConfigError: a world of one, or no such model.
+        ConfigError: a world of one, no repeats, or no such model.
     """
+    if repeats < 1:
+        raise ConfigError(f"repeats is {repeats}: it must be at least 1")
     if comm.world_size < 2:
         raise ConfigError(
             "one rank exchanges nothing: start several, as in `torchrun --nproc-per-node 2 "

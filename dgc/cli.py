@@ -54,6 +54,7 @@ def _bench(options: argparse.Namespace) -> None:
         value_bits=options.value_bits,
         bucket_bytes=int(options.bucket_mib * 2**20),
     )
+    sys.path.insert(0, "")  # MODULE:FUNCTION of the folder that the job was started in
     with init(options.backend) as runtime:
         table = bench(options.model, config, runtime.comm, runtime.device, options.repeats)
         if runtime.rank == 0:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,20 +23,22 @@ def environment(**extra: str) -> dict[str, str]:
 def mpirun(
     ranks: int, script: str, *args: str, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    return _run([*_MPIRUN, "-np", str(ranks), sys.executable, script, *args], timeout)
+    return _run([*_MPIRUN, "-np", str(ranks), sys.executable, script, *args], timeout, ROOT)
 
 
 def torchrun(
-    ranks: int, script: str, *args: str, timeout: float = 120
+    ranks: int, script: str, *args: str, timeout: float = 120, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return _run([*command, "--nproc-per-node", str(ranks), script, *args], timeout)
+    with tempfile.TemporaryDirectory() as logs:  # torchrun would leave its own behind
+        command += ["--log-dir", logs, "--nproc-per-node", str(ranks)]
+        return _run([*command, script, *args], timeout, cwd)
 
 
-def _run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], timeout: float, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
-        cwd=ROOT,
+        cwd=cwd,
         env=environment(),
         capture_output=True,
         text=True,

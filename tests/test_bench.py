@@ -28,10 +28,19 @@ def test_sizes_of_a_file_a_function_and_a_number(tmp_path: Path) -> None:
     assert sizes_of("12") == {"parameter": 12}
 
 
-@pytest.mark.parametrize("name", ["", "0", "nowhere:model", "tests.workers", "tests.workers:no"])
+@pytest.mark.parametrize(
+    "name", ["", "0", "nowhere:model", "tests.workers", "tests.workers:no", "tests.workers:train"]
+)
 def test_other_models_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="gives no model"):
         sizes_of(name)
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "junk.safetensors"
+    path.write_bytes(b"\xff" * 100)
+    with pytest.raises(ConfigError, match="not a safetensors file"):
+        sizes_of(str(path))
 
 
 def test_a_function_that_returns_no_module_is_refused() -> None:
@@ -76,10 +85,15 @@ def test_the_verdict_says_when_it_never_pays() -> None:
 def test_one_rank_has_nothing_to_time(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "10"]) == 1
     assert "start several" in capsys.readouterr().err
+    assert main(["bench", "10", "--repeats", "0"]) == 1
+    assert "repeats is 0" in capsys.readouterr().err
 
 
-def test_the_command_on_real_ranks() -> None:
-    done = torchrun(2, "-m", "dgc.cli", "bench", "50000", "--repeats", "1", "--bucket-mib", "0.1")
+def test_the_command_on_real_ranks(tmp_path: Path) -> None:
+    """As a user starts it, on a model of the folder that it is started in."""
+    (tmp_path / "mine.py").write_text("import torch\nnet = lambda: torch.nn.Linear(200, 250)\n")
+    options = ["bench", "mine:net", "--repeats", "1", "--bucket-mib", "0.1"]
+    done = torchrun(2, "--no-python", "dgc", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("dense fp32 ") == 3  # a bucket, the sum, the verdict
     assert "2 ranks" in done.stdout
