@@ -55,12 +55,6 @@ else:
     peer.sendall(bytes(4_000_000))
 """
 
-LAUNCHERS = [
-    ("each", "PYTHON={python} HOSTS=2 HOST_INDEX=$NODE_RANK {launch}/torchrun.sh 2", GLOO),
-    ("each", "torchrun", GLOO),  # told by the variables it reads
-    ("head", "PYTHON={python} HOSTS={hosts} {launch}/mpirun.sh 4", MPI),
-]
-
 
 @pytest.fixture(scope="module")
 def two_hosts() -> Iterator[EmulatedHosts]:
@@ -93,17 +87,11 @@ def test_two_hosts_of_two_ranks(two_hosts: EmulatedHosts, mode: str, code: str) 
 
 
 @needs_namespaces
-@pytest.mark.parametrize(("mode", "launcher", "code"), LAUNCHERS)
-def test_the_launch_scripts_run_unchanged(
-    two_hosts: EmulatedHosts, tmp_path: Path, mode: str, launcher: str, code: str
-) -> None:
+def test_torchrun_finds_its_variables(two_hosts: EmulatedHosts, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text(code)
-    places = ",".join(f"{host}:2" for host in two_hosts.hosts)
-    command = launcher.format(launch=Path(TOOL[1]).parent, python=sys.executable, hosts=places)
-    done = two_hosts.run(
-        ["sh", "-c", f"{command} {script}"], mode, ranks_per_host=2, timeout=150, grace=20
-    )
+    script.write_text(GLOO)
+    command = ["torchrun", "--log-dir", str(tmp_path), str(script)]
+    done = two_hosts.run(command, "each", ranks_per_host=2, timeout=150, grace=20)
     assert done.returncode == 0, done.stdout
     assert said(done.stdout) == everywhere(two_hosts, 4)
 
