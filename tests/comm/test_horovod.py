@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -115,6 +116,14 @@ def test_the_rest_is_horovods_own() -> None:
     assert hvd.Average == horovod.torch.Average
     with pytest.raises(AttributeError):
         _ = hvd.no_such_function
+
+
+@needs_horovod
+def test_the_signature_is_horovods() -> None:
+    import horovod.torch
+
+    theirs = list(signature(horovod.torch.DistributedOptimizer).parameters)
+    assert list(signature(hvd.DistributedOptimizer).parameters)[: len(theirs)] == theirs
 
 
 @needs_horovod

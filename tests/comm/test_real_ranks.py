@@ -1,10 +1,13 @@
 """The communicators and training in real processes."""
 
+import ctypes.util
 import subprocess
 import sys
 
 import pytest
+import torch
 
+from dgc.comm.mpi import import_mpi, is_cuda_aware
 from tests.launching import ROOT, environment, mpirun, torchrun
 
 LAUNCHES = [
@@ -24,6 +27,36 @@ def test_collectives(launch, ranks, backend) -> None:  # type: ignore[no-untyped
     assert "collectives agree" in done.stdout
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_one_inf_on_one_rank_skips_one_step(device: str) -> None:
+    done = mpirun(2, "tests/ranks/one_inf.py", device)
+    assert done.returncode == 0, done.stderr
+    assert "one step was skipped" in done.stdout
+
+
+def test_an_mpi_program_trains_in_parts_of_its_ranks() -> None:
+    done = mpirun(4, "tests/ranks/mpi_program.py")
+    assert done.returncode == 0, done.stderr
+    assert "an MPI program as before" in done.stdout
+
+
+@needs_gpu
+def test_collectives_of_gpu_tensors_over_mpi() -> None:
+    done = mpirun(2, "tests/ranks/collectives.py", "mpi", "cuda")
+    assert done.returncode == 0, done.stderr
+    assert "collectives agree" in done.stdout
+
+
+def test_mpi_is_asked_whether_it_takes_gpu_tensors() -> None:
+    without = ctypes.util.find_library("c")
+    assert without is not None
+    assert not is_cuda_aware(without)
+    assert is_cuda_aware(import_mpi().__file__) in (False, True)
+
+
 @pytest.mark.parametrize(("launch", "ranks", "backend"), LAUNCHES[:4], ids=IDS[:4])
 def test_training_is_bit_identical_and_resumes(launch, ranks, backend) -> None:  # type: ignore[no-untyped-def]
     done = launch(ranks, "tests/ranks/training.py", backend)
@@ -38,6 +71,7 @@ def test_training_is_bit_identical_and_resumes(launch, ranks, backend) -> None: 
         (torchrun, "gloo", "hangs"),
         (torchrun, "gloo", "is killed"),
         (mpirun, "mpi", "dies"),
+        (mpirun, "mpi", "raises"),
         (mpirun, "mpi", "hangs"),
         (mpirun, "mpi", "is killed"),
     ],
@@ -62,3 +96,4 @@ def test_many_ranks_agree_with_every_pattern(ranks: int) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert f"{ranks} ranks agree" in done.stdout
+    assert how != "raises" or "ValueError: a fault of the script" in done.stderr

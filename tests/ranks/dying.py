@@ -1,4 +1,4 @@
-"""Rank 1 dies, hangs, or is killed while it exchanges; the others must stop with a `CommError`."""
+"""Rank 1 dies, raises, hangs, or is killed while it exchanges; the others must stop soon."""
 
 import os
 import signal
@@ -20,6 +20,8 @@ train(model, optimizer, range(3))
 if rt.rank == 1:
     if how == "dies":
         os._exit(17)
+    if how == "raises":
+        raise ValueError("a fault of the script")
     if how == "hangs":
         time.sleep(15)
         os._exit(17)
