@@ -41,6 +41,7 @@ def test_command(command: str, folder: Path) -> None:
         pytest.skip("Horovod is not installed: make horovod")
     is_make = command.startswith("make ")
     small = {"RANKS": "2", "EPOCHS": "1", "RETRAIN_EPOCHS": "0.1", "OUT": str(folder / "out")}
+    small["PET_LOG_DIR"] = str(folder / "logs")  # torchrun would leave a folder of its own behind
     env = environment(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", **small)
     if not is_make:
         env["PRTE_ALLOW_RUN_AS_ROOT"] = env["PRTE_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"

@@ -41,7 +41,8 @@ def test_resize_keeps_the_mean_of_the_memories(new_size: int) -> None:
             torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-7)
 
 
-def test_training_goes_on_after_resize() -> None:
+@pytest.mark.parametrize("new_size", [2, 6])
+def test_training_goes_on_after_resize(new_size: int) -> None:
     old = states_of(4)
 
     def body(comm: ThreadCommunicator) -> list[torch.Tensor]:
@@ -50,8 +51,9 @@ def test_training_goes_on_after_resize() -> None:
         train(model, optimizer, range(4, 7))
         return [p.detach() for p in model.parameters()]
 
-    one, two = run_ranks(2, body)
-    assert all(map(torch.equal, one, two))
+    one, *others = run_ranks(new_size, body)
+    for other in others:
+        assert all(map(torch.equal, one, other))
 
 
 def test_resize_refuses_what_does_not_belong_together() -> None:
@@ -136,10 +138,12 @@ def test_a_world_of_one_saves_and_loads(tmp_path: Path) -> None:
 def test_distributed_checkpoint_of_real_ranks(tmp_path: Path) -> None:
     saved, other = str(tmp_path / "saved"), str(tmp_path / "other")
     found = run_processes(
-        2,
+        4,
         {"saves": partial(checks.saves, saved), "wrapper": partial(checks.wrapper_resumes, other)},
     )
-    assert found["wrapper"] == [None, None], found["wrapper"][0]
+    assert found["wrapper"] == [None] * 4, found["wrapper"][0]
     assert isinstance(found["saves"][0], dict), found["saves"][0]
     check = partial(checks.resizes, saved, found["saves"][0])
-    assert run_processes(3, {"resizes": check})["resizes"] == [None] * 3
+    for ranks in (2, 6):
+        resized = run_processes(ranks, {"resizes": check})["resizes"]
+        assert resized == [None] * ranks, resized[0]
