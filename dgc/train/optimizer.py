@@ -1,5 +1,6 @@
 """`DistributedOptimizer`: an optimizer whose step uses the mean gradient of all ranks."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -76,6 +77,12 @@ class DistributedOptimizer(Optimizer):
         check_supported(optimizer, config, scaler)
         self.comm = comm or default_communicator()
         self.params = named_parameters_of(optimizer, named_parameters)
+        if all(name.startswith("module.") for name in self.params):
+            warnings.warn(
+                "all parameters are named module.…, as DistributedDataParallel names them, which "
+                "exchanges gradients itself: use dgc.register(ddp_model, optimizer), or leave DDP out",
+                stacklevel=2,
+            )
         check_agreement(self.params, config.describe(), self.comm)
         self.inner = inner = InnerStep(optimizer, self.params, config, scaler)
         self.reducer = Reducer(self.params, config, self.comm, inner.row, lambda: inner.loss_scale)

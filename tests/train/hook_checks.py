@@ -1,6 +1,7 @@
 """What two gloo ranks check of the DDP hook; run by test_hook.py."""
 
 import copy
+import io
 from contextlib import nullcontext
 from typing import Any
 
@@ -234,7 +235,11 @@ def resumes_bit_for_bit() -> None:
             wrapped = dgc.DistributedOptimizer(
                 theirs, twin.named_parameters(), CONFIG, TorchCommunicator()
             )
-            wrapped.load_state_dict({**state.state_dict(), "optimizer": sgd.state_dict()})
+            saved = io.BytesIO()
+            torch.save(state.state_dict(), saved)
+            saved.seek(0)
+            loaded = torch.load(saved, weights_only=True)
+            wrapped.load_state_dict({**loaded, "optimizer": sgd.state_dict()})
         for model, optimizer in ((ddp, sgd), (twin, wrapped)):
             if optimizer is not None:
                 optimizer.zero_grad()

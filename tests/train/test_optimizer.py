@@ -331,6 +331,13 @@ def test_bad_names() -> None:
         dgc.DistributedOptimizer(sgd, named)
 
 
+def test_ddp_beside_the_wrapper_is_warned_of() -> None:
+    model = Toy()
+    named = [(f"module.{name}", param) for name, param in model.named_parameters()]
+    with pytest.warns(UserWarning, match=r"use dgc\.register"):
+        dgc.DistributedOptimizer(sgd_of(model, {}), named)
+
+
 def test_sparse_gradients_are_refused() -> None:
     model = nn.Embedding(5, 3, sparse=True)
     optimizer = wrap(model, dgc.DGC(), None)
