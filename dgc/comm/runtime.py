@@ -121,6 +121,8 @@ class Runtime:
     ) -> None:
         if error is None:
             self.close()
+        elif self.backend == "mpi" and isinstance(error, SystemExit) and error.code:
+            sys.excepthook(SystemExit, error, trace)  # which aborts; Python itself does not call it
 
     def close(self) -> None:
         """Close the communication that `init` opened; what was open before stays open."""
@@ -139,7 +141,8 @@ def init(backend: str = "auto", *, timeout_seconds: float = 600.0) -> Runtime:
             the job and mpi4py is installed, else gloo; or "gloo", "nccl", "mpi", "horovod".
         timeout_seconds: how long a collective may wait for another rank before `CommError`.
 
-    Under MPI an uncaught exception on one rank aborts all ranks, which would otherwise wait for it.
+    Under MPI an uncaught exception on one rank aborts all ranks, which would otherwise wait for it;
+    `sys.exit` with a code that is not 0 does so inside `with dgc.init():`.
 
     Raises:
         ConfigError: an unknown backend, or an environment that does not fit together.

@@ -1,4 +1,4 @@
-"""Rank 1 dies, raises, hangs, or is killed while it exchanges; the others must stop soon."""
+"""Rank 1 dies, raises, exits, hangs, or is killed while it exchanges; the others must stop soon."""
 
 import os
 import signal
@@ -22,6 +22,9 @@ if rt.rank == 1:
         os._exit(17)
     if how == "raises":
         raise ValueError("a fault of the script")
+    if how == "exits":
+        with rt:
+            sys.exit(17)
     if how == "hangs":
         time.sleep(15)
         os._exit(17)
