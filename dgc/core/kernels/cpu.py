@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dgc.core.kernels import cpu_radix, cpu_sweep
+from dgc.core.kernels import cpu_radix, cpu_sweep, reference
 from dgc.core.layout import Layout
 from dgc.core.sparse import SparseBatch
 
@@ -165,9 +165,11 @@ def release_(
     seed: int = 0,
 ) -> None:
     """As `reference.release_`."""
+    if v.dtype == torch.bfloat16:  # so few elements are not worth a loop that rounds each
+        return reference.release_(u, v, layout, batch, sent, seed)
     edges = _edges(batch.counts)
     chosen = (batch.indices.numpy(), layout.table.numpy(), edges, sent.numpy())
-    _split(cpu_sweep.release, (*_states(u, v), *chosen, np.uint32(seed)), int(edges[-1]), MIN_PART)
+    _split(cpu_sweep.release, (*_states(u, v), *chosen), int(edges[-1]), MIN_PART)
 
 
 def _guessed(bucket: _Bucket) -> Bits:

@@ -243,27 +243,17 @@ def collect(
 
 @kernel
 def release(
-    u: Any,
-    v: Any,
-    indices: Any,
-    starts: Any,
-    edges: Any,
-    sent: Any,
-    seed: Any,
-    lo: int,
-    hi: int,
+    u: Any, v: Any, indices: Any, starts: Any, edges: Any, sent: Any, lo: int, hi: int
 ) -> None:
     """v[S] ← v[S] − sent, u[S] ← 0 (u may be empty) for entries lo to hi of the selection.
 
     Entry j lies in the tensor t with edges[t] ≤ j < edges[t + 1], at starts[t] + indices[j].
     """
-    t, spare = _first_segment(edges, lo), np.empty(1, np.float32)
+    t = _first_segment(edges, lo)
     for j in range(lo, hi):
         while j >= edges[t + 1]:
             t += 1
         at = starts[t] + indices[j]
-        left = opened(v, at, at + 1, spare)
-        left[0] -= sent[j]
-        close(spare[:0], u, left, v, at, seed)
+        v[at] -= sent[j]
         if u.size:
-            u[at] = 0
+            u[at] = np.float32(0)
