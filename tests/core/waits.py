@@ -55,8 +55,10 @@ class Waits(TorchFunctionMode):
         if waits:
             self.found.append(name)
         result = function(*args, **kwargs)
+        if isinstance(result, Tensor) and any(result is tensor for tensor in inputs):
+            result = result.detach()  # here the same tensor, on a GPU another one
         if to_host:
-            return result.detach()  # without the mark, where it is the same tensor
+            return result
         if any(on_gpu) or placed:
             self.mark(*(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)))
         return result

@@ -87,8 +87,12 @@ def equals_the_exact_mean() -> None:
         same_on_all_ranks(model)
 
 
-def trains_compressed_and_resumes(adam: bool = False) -> None:
-    config = dgc.DGC(density=0.1, min_selected=1, exclude=("0.*",) if adam else ())
+def trains_compressed_and_resumes() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        resumes(dgc.DGC(density=0.1, min_selected=1, state_dtype=dtype))
+
+
+def resumes(config: dgc.DGC, adam: bool = False) -> None:
     model, sgd, state = start(config, adam)
     losses, halves = [], {}
     for step in range(40):
@@ -121,7 +125,7 @@ def trains_compressed_and_resumes(adam: bool = False) -> None:
 
 
 def trains_and_resumes_with_adamw() -> None:
-    trains_compressed_and_resumes(adam=True)
+    resumes(dgc.DGC(density=0.1, min_selected=1, exclude=("0.*",)), adam=True)
 
 
 def skips_together() -> None:

@@ -110,6 +110,7 @@ def equals_the_optimizer() -> None:
     train_pair(dgc.DGC.paper(warmup_steps=4, density=0.1, clip_norm=0.5))
     train_pair(dgc.DGC(density=0.1, min_selected=1, exclude=("*.bias",)))
     train_pair(dgc.DGC(density=0.1, min_selected=1, exclude=("*.bias",)), adam=True)
+    train_pair(dgc.DGC(density=0.1, min_selected=1, state_dtype=torch.bfloat16))
 
 
 def equals_the_optimizer_in_mixed_dtypes() -> None:
