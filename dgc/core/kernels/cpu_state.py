@@ -21,7 +21,7 @@ def opened(state: Any, first: Any, last: Any, spare: Any) -> Any:
 def close(moved: Any, u: Any, block: Any, v: Any, first: Any, seed: Any) -> None:
     """Store `moved` in u and `block` in v, both `opened` at `first`; `moved` may be empty.
 
-    Copies are rounded as `rounding.rounded` says, and `block` then holds what v does.
+    Copies are rounded as `rounding.rounded` says, and `block` then holds what v does, for the search.
     """
 
 
@@ -78,7 +78,7 @@ def _half(raw: Any, random: Any) -> Any:
 
 @kernel
 def _mixed(x: Any) -> Any:
-    """`rounding.mixed`; every step is cut to 32 bits, so that vectors hold more of them."""
+    """`rounding.mixed` of a uint32."""
     x = np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D))
     x = np.uint32((x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B))
     return np.uint32(x ^ (x >> np.uint32(16)))

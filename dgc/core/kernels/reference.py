@@ -36,7 +36,8 @@ def accumulate_(
     """
     if not all(bool(grad.isfinite().all()) for grad in grads):
         return False
-    for grad, row, start, end in zip(grads, update.tolist(), *_ends(layout), strict=True):
+    ends = layout.offsets[:-1], layout.offsets[1:]
+    for grad, row, start, end in zip(grads, update.tolist(), *ends, strict=True):
         momentum, gain, lr, nesterov = row
         places = torch.arange(start, end, device=v.device)
         entered = grad.detach().reshape(-1).float() * gain
@@ -47,10 +48,6 @@ def accumulate_(
             entered = moved + entered if nesterov else moved
         v[start:end] = rounded(v[start:end] + entered * lr, places, v.dtype, seed, V_BITS)
     return True
-
-
-def _ends(layout: Layout) -> tuple[Sequence[int], Sequence[int]]:
-    return layout.offsets[:-1], layout.offsets[1:]
 
 
 def largest(flat: Tensor, k: int) -> Tensor:

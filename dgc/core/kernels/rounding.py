@@ -50,7 +50,7 @@ def rounded(values: Tensor, places: Tensor, dtype: torch.dtype, seed: int, bits:
     bfloat16 is the upper half of a float32. The lower half r carries into the upper one where
     r + d >= 2^16, with d the 16 bits of mixed(place ^ seed) from `bits` on: with probability
     r / 2^16. So the error is less than a unit in the last place, at most 2^-7 of the value, and its
-    mean is zero.
+    mean is zero. Beyond 3.38e38 the carry gives inf.
 
     Args:
         values: float32 `[k]`, finite.
