@@ -89,7 +89,7 @@ class DGC(Compression):
     momentum_correction: bool = True
     """The memory applies the optimizer's momentum, SGD's or the β1 of Adam and AdamW, before
     accumulation. False leaves momentum to the optimizer, after the exchange: plain error feedback,
-    for any optimizer; with AdamW it lost two to three times as much (docs/log.md, 2026-11-24)."""
+    for any optimizer; with AdamW it lost over twice as much (docs/log.md, 2026-11-24)."""
 
     momentum_masking: bool = True
     """Momentum factor masking: the momentum of what was sent is set to zero. Stable at learning
