@@ -2,7 +2,9 @@
 
 For each seed: train dense; from there train on dense for as many epochs, or prune, retrain, share,
 retrain and save with Huffman codes, or with the default coder and the entropy penalty. The baseline
-is the better of the two dense models. Means over seeds. On the identical weights: other containers, and codes against entropy.
+is the better of the two dense models; a second one has the soft targets of `benchmarks/teacher.py`, as
+the compressed models have. Means over seeds. On the identical weights: other containers, and codes
+against entropy.
 
     python benchmarks/bench_model.py --out model_cpu2
     python benchmarks/bench_model.py --data FOLDER_OF_IDX_FILES       # MNIST, or Fashion-MNIST
@@ -27,81 +29,88 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dgc.model
-from benchmarks import harness
+from benchmarks import harness, teacher
 from launch import fashion_mnist, models
-from launch.compress import Recipe, accuracy, compress_model, train
+from launch.compress import Recipe, accuracy, compress_model, sgd, train
 
-TEACH = {"lr": 3e-3, "distill_weight": 0.9}
+SOFT = {"distill_weight": 0.7, "temperature": 2.0}
+TRAINING = {"batch": 256, "bf16": True}
+LR = {"lenet300": 0.1, "lenet5": 0.05}
 RECIPES: dict[str, dict[str, Recipe]] = {
     "lenet300": {
         "huffman": Recipe(
-            density={"1": 0.06, "3": 0.09, "5": 0.26}, bits=5, coder="huffman", **TEACH
+            density={"1": 0.07, "3": 0.11, "5": 0.4},
+            bits=dict.fromkeys(["1", "3", "5", "1.bias", "3.bias"], 5),
+            coder="huffman",
         ),
         "ans + penalty": Recipe(
-            density={"1": 0.045, "3": 0.07, "5": 0.26}, bits=4, penalty=0.005, **TEACH
-        ),
-        "smallest": Recipe(
-            density={"1": 0.02, "3": 0.05, "5": 0.26},
-            bits={"1": 4, "3": 4, "5": 4, "1.bias": 4, "3.bias": 4},
-            penalty=0.01,
-            **TEACH,
+            density={"1": 0.048, "3": 0.09, "5": 0.3},
+            bits=dict.fromkeys(["1", "3", "5", "1.bias", "3.bias"], 4),
+            penalty=0.005,
+            half=True,
         ),
     },
     "lenet5": {
         "huffman": Recipe(
-            density={"0": 0.7, "2": 0.2, "5": 0.05, "7": 0.19}, bits=5, coder="huffman", **TEACH
+            density={"0": 0.8, "2": 0.26, "5": 0.064, "7": 0.25},
+            bits=dict.fromkeys(["0", "2", "5", "7", "5.bias"], 5),
+            coder="huffman",
         ),
         "ans + penalty": Recipe(
-            density={"0": 0.7, "2": 0.2, "5": 0.02, "7": 0.15}, bits=4, penalty=0.005, **TEACH
-        ),
-        "smallest": Recipe(
-            density={"0": 0.7, "2": 0.16, "5": 0.009, "7": 0.1},
-            bits={"0": 4, "2": 4, "5": 4, "7": 4, "5.bias": 4},
-            penalty=0.005,
-            **TEACH,
+            density={"0": 0.7, "2": 0.15, "5": 0.01, "7": 0.1},
+            bits=dict.fromkeys(["0", "2", "5", "7", "5.bias"], 4),
+            penalty=0.003,
+            half=True,
         ),
     },
 }
 EPOCHS = {  # dense first; then retraining while pruning; then training of shared values
-    "lenet300": (8.0, 10.0, 2.0),
-    "lenet5": (4.0, 6.0, 1.0),
+    "lenet300": (8.0, 16.0, 2.0),
+    "lenet5": (2.0, 5.5, 0.5),
 }
 
 
-def run_seed(name: str, seed: int, data: fashion_mnist.Data, scale: float) -> dict[str, Any]:
+def run_seed(
+    name: str, seed: int, data: fashion_mnist.Data, soft: Tensor, scale: float
+) -> dict[str, Any]:
     """All recipes of one model and one seed."""
-    dense_epochs, prune_epochs, share_epochs = (scale * e for e in EPOCHS[name])
+    epochs = [scale * e for e in EPOCHS[name]]
     model = models.build(name, seed).to(memory_format=torch.channels_last)
-    train(model, data, epochs=dense_epochs, lr=1e-3, seed=seed)
-    baseline = copy.deepcopy(model)
-    train(baseline, data, epochs=prune_epochs, lr=1e-3, seed=seed)
-    train(baseline, data, epochs=share_epochs, lr=2e-4, seed=seed)
+    train(model, data, sgd(model, LR[name]), epochs=epochs[0], seed=seed, **TRAINING)
     test = (data.test_images, data.test_labels)
+    trained = accuracy(model, *test)
+    plain, taught = copy.deepcopy(model), copy.deepcopy(model)
+    more = {"epochs": epochs[1] + epochs[2], "seed": seed, **TRAINING}
+    train(plain, data, sgd(plain, LR[name]), **more)
+    train(taught, data, sgd(taught, LR[name]), teacher=soft, **SOFT, **more)
     result: dict[str, Any] = {
         "model": name,
         "seed": seed,
-        "trained": (trained := accuracy(model, *test)),
-        "trained_on": (trained_on := accuracy(baseline, *test)),
-        "baseline": max(trained, trained_on),
+        "trained": trained,
+        "baseline": max(trained, accuracy(plain, *test)),
+        "taught baseline": accuracy(taught, *test),
         "runs": {},
     }
-    recipes = dict(RECIPES[name])
-    hardest = list(recipes)[-1]
-    recipes[f"{hardest}, no distillation"] = replace(recipes[hardest], distill_weight=0.0)
+    print({k: v for k, v in result.items() if k != "runs"}, flush=True)
+    every = {"lr": LR[name], "prune_epochs": epochs[1], "share_epochs": epochs[2], **TRAINING}
+    recipes = {label: replace(r, **every, **SOFT) for label, r in RECIPES[name].items()}
+    if name == "lenet300":  # the other takes too long to do it twice
+        recipes["ans + penalty, not taught"] = replace(RECIPES[name]["ans + penalty"], **every)
     for label, recipe in recipes.items():
-        full = replace(recipe, prune_epochs=prune_epochs, share_epochs=share_epochs)
         print(f"{name} seed {seed}: {label}", flush=True)
-        result["runs"][label] = run_recipe(copy.deepcopy(model), data, full, seed)
+        result["runs"][label] = run_recipe(copy.deepcopy(model), data, recipe, soft, seed)
     return result
 
 
 def run_recipe(
-    model: nn.Module, data: fashion_mnist.Data, recipe: Recipe, seed: int
+    model: nn.Module, data: fashion_mnist.Data, recipe: Recipe, soft: Tensor, seed: int
 ) -> dict[str, Any]:
     """One compressed model: stages, the report, and other containers of the same weights."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.dgc"
-        stages, report = compress_model(model, data, path, recipe, seed=seed, log=_flushed)
+        stages, report = compress_model(
+            model, data, path, recipe, seed=seed, teacher=soft, log=_flushed
+        )
         fresh = dgc.model.load(copy.deepcopy(model), path)
         final = accuracy(fresh, data.test_images, data.test_labels)
         assert path.stat().st_size == report.file_bytes
@@ -113,8 +122,8 @@ def run_recipe(
         "dense_bytes": report.dense_bytes,
         "file_bytes": report.file_bytes,
         "compression_ratio": report.compression_ratio,
-        "header_bytes": report.header_bytes,
-        "rows": [asdict(row) for row in report.rows],
+        "stage_bytes": stage_bytes(report),
+        "table": str(report).splitlines(),
         "containers": containers,
     }
 
@@ -161,6 +170,36 @@ def _csr(tensor: Tensor) -> Tensor:
     )
 
 
+def paper_rows(results: list[dict[str, Any]]) -> list[dict[str, object]]:
+    """The paper's tables 1 to 4: mean test error, and dense bytes / bytes, after each stage."""
+    rows: list[dict[str, object]] = []
+    for name in dict.fromkeys(r["model"] for r in results):
+        mine = [r for r in results if r["model"] == name]
+        for label in mine[0]["runs"]:
+            runs = [r["runs"][label] for r in mine]
+            errors = [[100 - stage["accuracy"] for stage in run["stages"]] for run in runs]
+            ratios = [[run["dense_bytes"] / n for n in run["stage_bytes"]] for run in runs]
+            means = [round(statistics.mean(e), 2) for e in zip(*errors, strict=True)]
+            sizes = [round(statistics.mean(x), 1) for x in zip(*ratios, strict=True)]
+            names = ("trained", "pruned", "shared", "final")
+            rows.append(
+                {
+                    "model": name,
+                    "recipe": label,
+                    **{f"{n} error %": e for n, e in zip(names, means, strict=True)},
+                    **dict(zip(("P", "P+Q", "P+Q+coding"), sizes, strict=True)),
+                }
+            )
+    return rows
+
+
+def stage_bytes(report: dgc.model.Report) -> tuple[int, int, int]:
+    """Bytes of the final weights pruned with 32-bit values, with codes of fixed width, and coded."""
+    pruned = sum(row.pruned_bytes for row in report.rows)
+    shared = sum(row.shared_bytes for row in report.rows)
+    return report.header_bytes + pruned, report.header_bytes + shared, report.file_bytes
+
+
 def summary(results: list[dict[str, Any]]) -> list[dict[str, object]]:
     """A row for each model and recipe: means over seeds."""
     rows: list[dict[str, object]] = []
@@ -175,6 +214,7 @@ def summary(results: list[dict[str, Any]]) -> list[dict[str, object]]:
                     "recipe": label,
                     "seeds": len(mine),
                     "baseline %": round(statistics.mean(r["baseline"] for r in mine), 2),
+                    "taught %": round(statistics.mean(r["taught baseline"] for r in mine), 2),
                     "compressed %": round(statistics.mean(r["accuracy_loaded"] for r in runs), 2),
                     "change": round(statistics.mean(change), 2),
                     "change by seed": " ".join(f"{c:+.2f}" for c in change),
@@ -201,12 +241,13 @@ def container_rows(results: list[dict[str, Any]]) -> list[dict[str, object]]:
     return rows
 
 
-def _earlier(out: str | None, models_now: list[str]) -> list[dict[str, Any]]:
-    """What the result file already holds of the models that are not run now."""
+def _others(out: str | None, now: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the result file holds of other models and seeds, from earlier or from beside this run."""
     path = harness.RESULTS / f"{out}.json"
     if out is None or not path.exists():
         return []
-    return [r for r in json.loads(path.read_text())["seeds"] if r["model"] not in models_now]
+    mine = {(r["model"], r["seed"]) for r in now}
+    return [r for r in json.loads(path.read_text())["seeds"] if (r["model"], r["seed"]) not in mine]
 
 
 def main() -> None:
@@ -221,14 +262,22 @@ def main() -> None:
     parser.add_argument("--out", help="name of the result file, without .json")
     options = parser.parse_args()
     data = fashion_mnist.load(options.data)
-    results = _earlier(options.out, options.models)
+    soft = teacher.targets(data)
+    mine: list[dict[str, Any]] = []
     for name in options.models:
         for seed in options.seeds:
-            results.append(run_seed(name, seed, data, options.scale))
-            tables = {"summary": summary(results), "containers": container_rows(results)}
+            mine.append(run_seed(name, seed, data, soft, options.scale))
+            results = sorted(
+                _others(options.out, mine) + mine, key=lambda r: (r["model"], r["seed"])
+            )
+            tables = {
+                "summary": summary(results),
+                "stages": paper_rows(results),
+                "containers": container_rows(results),
+            }
             if options.out:  # after each seed: hours of work survive an interruption
                 harness.save(options.out, {**tables, "epochs": EPOCHS, "seeds": results})
-    print(harness.table(tables["summary"]), "", harness.table(tables["containers"]), sep="\n")
+    print(*(harness.table(rows) for rows in tables.values()), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -35,12 +35,20 @@ class Recipe:
     """Epochs of training while the density falls and, for the last third, stays."""
     share_epochs: float = 0.5
     """Epochs in which the shared values train."""
-    lr: float = 1e-3
-    """Adam's step while pruning; it decays to zero along a cosine."""
+    lr: float = 0.05
+    """SGD's step while pruning; it decays to zero along a cosine."""
+    weight_decay: float = 5e-4
+    """While pruning: weights that are not needed shrink before they are chosen."""
     share_lr: float = 2e-4
     """Adam's step for the shared values."""
     distill_weight: float = 0.0
-    """Weight of the uncompressed model's soft targets, at temperature 3."""
+    """Weight of the teacher's soft targets."""
+    temperature: float = 3.0
+    """Of those soft targets."""
+    batch: int = BATCH
+    """Images a step."""
+    bf16: bool = False
+    """Train in bfloat16 by autocast."""
     coder: str = "ans"
     """`"ans"` or `"huffman"`."""
     half: bool = False
@@ -68,24 +76,26 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def train(
     model: nn.Module,
     data: Data,
+    optimizer: torch.optim.Optimizer,
     *,
     epochs: float,
-    lr: float,
     seed: int = 0,
+    batch: int = BATCH,
+    bf16: bool = False,
     teacher: Tensor | None = None,
     distill_weight: float = 0.0,
+    temperature: float = 3.0,
     each_step: Callable[[int, int], None] = lambda step, steps: None,
     progress: str = "",
 ) -> None:
-    """Adam with a cosine schedule over part or all of `data`; `each_step(step, steps)` comes first.
+    """`optimizer` with a cosine schedule over `data`; `each_step(step, steps)` comes first.
 
-    `teacher` are the logits of another model on the training images; `progress`, where given, is
-    the name of a progress bar.
+    With `bf16` autocast computes in bfloat16. `teacher` are another model's logits on the training
+    images; `progress`, where given, is the name of a progress bar.
     """
     from tqdm import tqdm
 
-    steps = max(1, round(epochs * math.ceil(len(data.train_labels) / BATCH)))
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    steps = max(1, round(epochs * math.ceil(len(data.train_labels) / batch)))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     batches: list[Tensor] = []
@@ -94,19 +104,28 @@ def train(
         each_step(step, steps)
         if not batches:
             order = torch.randperm(len(data.train_labels), generator=generator)
-            batches = list(order.split(BATCH))
+            batches = list(order.split(batch))
         rows = batches.pop()
-        logits, labels = model(data.train_images[rows]), data.train_labels[rows]
+        labels = data.train_labels[rows]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(data.train_images[rows]).float()
         if teacher is None or not distill_weight:
             loss = F.cross_entropy(logits, labels)
         else:
             loss = dgc.model.distill(
-                logits, teacher[rows], labels, temperature=3.0, weight=distill_weight
+                logits, teacher[rows], labels, temperature=temperature, weight=distill_weight
             )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+
+
+def sgd(model: nn.Module, lr: float, weight_decay: float = 5e-4) -> torch.optim.SGD:
+    """Nesterov momentum of 0.9."""
+    return torch.optim.SGD(
+        model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=weight_decay
+    )
 
 
 def compress_model(
@@ -116,6 +135,7 @@ def compress_model(
     recipe: Recipe | None = None,
     *,
     seed: int = 0,
+    teacher: Tensor | None = None,
     log: Callable[[str], None] = print,
 ) -> tuple[list[Stage], report.Report]:
     """Prune, retrain, share, retrain and save `model`, which is changed; log a table.
@@ -124,6 +144,7 @@ def compress_model(
         model: a trained classifier of `data`'s images.
         out: the file to write.
         recipe: by default 8 % of the weights, 5 bits.
+        teacher: logits on the training images; by default `model`'s own, as it is trained.
         log: called with each line of the table.
 
     Returns:
@@ -137,15 +158,19 @@ def compress_model(
         stages.append(Stage(name, accuracy(model, *test), file_bytes))
         log(f"{name:<28} accuracy {stages[-1].accuracy:6.2f} %  {file_bytes:>10,} bytes")
 
-    teacher = logits_of(model, data.train_images) if recipe.distill_weight else None
+    if teacher is None and recipe.distill_weight:
+        teacher = logits_of(model, data.train_images)
     dense = sum(t.numel() * t.itemsize for t in dgc.model.plain_state(model).values())
     stage("trained", dense)
-    extra = {"seed": seed, "teacher": teacher, "distill_weight": recipe.distill_weight}
+    shared = ("batch", "bf16", "distill_weight", "temperature")
+    extra = {name: getattr(recipe, name) for name in shared} | {"seed": seed, "teacher": teacher}
     _prune_and_train(model, data, recipe, progress="prune", **extra)
     stage("pruned, retrained", _size(model, out, recipe))
     dgc.model.share(model, _plain(recipe.bits), penalty=recipe.penalty)
     stage("shared", _size(model, out, recipe))
-    train(model, data, epochs=recipe.share_epochs, lr=recipe.share_lr, progress="share", **extra)
+    # Gradients of shared values are sums over their members, of any size: Adam does not mind.
+    adam = torch.optim.Adam(model.parameters(), lr=recipe.share_lr, fused=True)
+    train(model, data, adam, epochs=recipe.share_epochs, progress="share", **extra)
     saved = dgc.model.save(model, out, coder=recipe.coder, half=recipe.half)
     stage("shared, retrained, saved", saved.file_bytes)
     return stages, saved
@@ -164,7 +189,8 @@ def _prune_and_train(model: nn.Module, data: Data, recipe: Recipe, **extra: obje
             now = {n: dgc.model.cubic_density(step, 0, end, final=d) for n, d in names.items()}
             dgc.model.prune(model, now)
 
-    train(model, data, epochs=recipe.prune_epochs, lr=recipe.lr, each_step=lower, **extra)
+    optimizer = sgd(model, recipe.lr, recipe.weight_decay)
+    train(model, data, optimizer, epochs=recipe.prune_epochs, each_step=lower, **extra)
 
 
 def _plain(setting):
