@@ -57,8 +57,8 @@ RECIPES: dict[str, dict[str, Recipe]] = {
             coder="huffman",
         ),
         "ans + penalty": Recipe(
-            density={"0": 0.7, "2": 0.15, "5": 0.01, "7": 0.1},
-            bits=dict.fromkeys(["0", "2", "5", "7", "5.bias"], 4),
+            density={"0": 0.7, "2": 0.175, "5": 0.0103, "7": 0.1},
+            bits={"0": 4, "2": 3, "5": 3, "7": 4, "5.bias": 4},
             penalty=0.003,
             half=True,
         ),

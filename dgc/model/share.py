@@ -132,8 +132,11 @@ def _penalty_of(penalty: float | dict[str, float], name: str) -> float:
 
 def quantise(weight: Tensor, bits: int, init: str, penalty: float) -> tuple[Tensor, Tensor]:
     """Codes, uint8 shaped as `weight`, and the value of each code, `[256]`, on its device."""
-    alive = weight != 0
-    values = weight.reshape(-1) if bool(alive.all()) else weight[alive]
+    # Indexed by a mask, a tensor takes 8 bytes more for each weight and dimension: so in chunks.
+    flat = weight.reshape(-1)
+    values = flat
+    if not bool(flat.all()):
+        values = torch.cat([part[part != 0] for part in flat.split(codebook.CHUNK)])
     codes = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
     table = torch.zeros(256, dtype=torch.float64, device=weight.device)
     if values.numel():
@@ -141,6 +144,6 @@ def quantise(weight: Tensor, bits: int, init: str, penalty: float) -> tuple[Tens
         start = start[start != 0].unique()
         zeros = weight.numel() - values.numel()
         levels, chosen = codebook.entropy_codes(values.cpu(), start, zeros, penalty)
-        codes[alive] = chosen.reshape(-1).to(weight.device)
+        codes.masked_scatter_(weight != 0, chosen.to(weight.device))
         table[1 : 1 + levels.numel()] = levels.to(weight.device)
     return codes, table
