@@ -102,18 +102,20 @@ def encode_ans(symbols: Tensor, table: bytes) -> bytes:
 
     Source: Duda, arXiv 1311.2540; the coder is Bamler's constriction, arXiv 2201.01741.
     """
-    array = symbols.reshape(-1).to("cpu", torch.int32).numpy()
-    if array.size == 0:
+    flat = symbols.reshape(-1)
+    if flat.numel() == 0:
         return b""
     lacking = [s for s, b in enumerate(table) if b == 0]
-    if array.min() < 0 or array.max() >= len(table) or any((array == s).any() for s in lacking):
+    low, high = int(flat.min()), int(flat.max())
+    if low < 0 or high >= len(table) or any((flat == s).any() for s in lacking):
         raise ValueError("a symbol has no count in the table: count the symbols that are encoded")
     if sum(b > 0 for b in table) == 1:
         return b""
     import constriction
 
-    coder = constriction.stream.stack.AnsCoder()
-    coder.encode_reverse(array, _ans_model(table))
+    coder, model = constriction.stream.stack.AnsCoder(), _ans_model(table)
+    for part in reversed(flat.split(_CHUNK)):  # a stack: the first symbol goes on last
+        coder.encode_reverse(part.to("cpu", torch.int32).numpy(), model)
     words: Array = coder.get_compressed()
     return words.astype("<u4").tobytes()
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +51,27 @@ def select_topk(tensor: Tensor, k: int) -> Sparse:
     if indices.numel() != k:
         raise ConfigError(f"{int(flat.isnan().sum())} elements are nan: magnitudes have no order")
     return Sparse(indices, flat[indices], flat.numel())
+
+
+def topk_mask(tensor: Tensor, k: int) -> Tensor:
+    """`select_topk` as a mask, bool shaped as `tensor`, without an index for each element.
+
+    Example:
+        >>> topk_mask(torch.tensor([1.0, -5.0, 1.0, 3.0]), 3).tolist()
+        [True, True, False, True]
+    """
+    flat = tensor.detach().reshape(-1)
+    if flat.device.type != "cpu":
+        mask = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
+        return mask.index_fill_(0, select_topk(flat, k).indices, True).view(tensor.shape)
+    magnitude = flat.abs() if flat.dtype == torch.float64 else flat.float().abs()
+    if bool(magnitude.isnan().any()):
+        raise ConfigError("some elements are nan: magnitudes have no order")
+    kth = float(np.partition(magnitude.numpy(), flat.numel() - k)[flat.numel() - k])
+    mask = magnitude > kth
+    ties = (magnitude == kth).nonzero().squeeze(1)
+    mask[ties[: k - int(mask.sum())]] = True
+    return mask.view(tensor.shape)
 
 
 class Selector(ABC):

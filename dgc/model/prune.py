@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from dgc.core.select import num_selected, select_topk
+from dgc.core.select import num_selected, topk_mask
 from dgc.errors import ConfigError
 from dgc.model.constrain import Constraint, bind_root, choose, constraint_of, weights_of
 
@@ -77,10 +77,7 @@ def prune(model: Model, density: float | dict[str, float] = 0.1, *, scope: str =
 
 
 def _top(weight: Tensor, density: float) -> Tensor:
-    kept = select_topk(weight, num_selected(weight.numel(), density)).indices
-    mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
-    mask[kept] = True
-    return mask.view(weight.shape)
+    return topk_mask(weight, num_selected(weight.numel(), density))
 
 
 def _global_masks(weights: dict[str, Tensor], density: float) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dgc.core import entropy
+from dgc.core.codebook import CHUNK
 from dgc.model.layer import Layer
 
 
@@ -119,11 +120,15 @@ def layer_row(name: str, layer: Layer, file_bytes: int) -> Row:
 
 def _fixed_bytes(codes: Tensor, width: int, zeros: int) -> int:
     """Bytes with gaps of the best fixed width, fillers included, or without gaps if that is less."""
-    at = codes.reshape(-1).nonzero().squeeze(1)
     best = codes.numel() * width
     if zeros > codes.numel() // 20:
-        runs = torch.diff(at, prepend=at.new_tensor([-1])) - 1
-        for gap_bits in range(1, 17):
-            entries = runs.numel() + int((runs // 2**gap_bits).sum())
-            best = min(best, entries * (width + gap_bits))
+        flat, kept = codes.reshape(-1), codes.numel() - zeros
+        fillers, last = [0] * 17, -1
+        for start in range(0, flat.numel(), CHUNK):  # positions take 8 bytes each
+            at = flat[start : start + CHUNK].nonzero().squeeze(1) + start
+            runs = torch.diff(at, prepend=at.new_tensor([last])) - 1
+            last = int(at[-1]) if at.numel() else last
+            for gap_bits in range(1, 17):
+                fillers[gap_bits] += int((runs // 2**gap_bits).sum())
+        best = min(best, *((kept + fillers[g]) * (width + g) for g in range(1, 17)))
     return (best + 7) // 8

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from dgc.core.select import num_selected, select_topk
+from dgc.core.select import num_selected, topk_mask
 from dgc.errors import ConfigError
 from dgc.model.constrain import weights_of
 from dgc.model.picture import line_picture
@@ -144,9 +144,9 @@ def _score_pruned(
     model: nn.Module, weight: nn.Parameter, density: float, evaluate: Callable[[nn.Module], float]
 ) -> float:
     original = weight.detach().clone()
-    kept = select_topk(original, num_selected(original.numel(), density))
+    kept = topk_mask(original, num_selected(original.numel(), density))
     try:
-        weight.data.copy_(kept.to_dense().view_as(weight))
+        weight.data.masked_fill_(~kept, 0)
         return float(evaluate(model))
     finally:
         weight.data.copy_(original)

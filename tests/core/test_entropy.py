@@ -27,6 +27,14 @@ def test_ans_round_trip(symbols: list[int]) -> None:
         assert entropy.decode_ans(code, len(symbols), table).tolist() == symbols
 
 
+def test_ans_in_pieces_is_the_same_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    symbols = draw([0.7, 0.2, 0.1], 1000)
+    table = entropy.round_counts(entropy.count_symbols(symbols, 3))
+    code = entropy.encode_ans(symbols, table)
+    monkeypatch.setattr(entropy, "_CHUNK", 7)
+    assert entropy.encode_ans(symbols, table) == code
+
+
 @given(SYMBOLS)
 def test_huffman_round_trip(symbols: list[int]) -> None:
     tensor = torch.tensor(symbols, dtype=torch.int64)

@@ -7,7 +7,7 @@ from torch import Tensor
 from benchmarks.quality import run
 from dgc.core import kernels, num_selected, select_topk
 from dgc.core.layout import Layout
-from dgc.core.select import ChunkedTopK, ExactTopK, Selector, ThresholdTopK
+from dgc.core.select import ChunkedTopK, ExactTopK, Selector, ThresholdTopK, topk_mask
 from dgc.errors import ConfigError
 
 SELECTORS = [ExactTopK(), ThresholdTopK(), ChunkedTopK(), ChunkedTopK(chunk=7)]
@@ -33,6 +33,19 @@ def test_topk_takes_exactly_k_and_the_first_of_equals(dtype: torch.dtype) -> Non
         sparse = select_topk(values, k)
         assert sparse.indices.tolist() == indices
         assert torch.equal(sparse.values, values.flatten()[indices])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_topk_as_a_mask(dtype: torch.dtype) -> None:
+    """The same selection, ties included, also of a tensor that is not contiguous."""
+    values = gaussian(120, seed=3).mul(4).round().view(2, 3, 4, 5).to(dtype)
+    for tensor in (values, values.to(memory_format=torch.channels_last)):
+        for k in (1, 7, 60, 119, 120):
+            mask = topk_mask(tensor, k)
+            assert mask.shape == tensor.shape
+            assert torch.equal(mask.flatten().nonzero().squeeze(1), select_topk(tensor, k).indices)
+    with pytest.raises(ConfigError, match="nan"):
+        topk_mask(torch.tensor([1.0, float("nan"), 2.0]), 1)
 
 
 @pytest.mark.parametrize("k", [0, 5])

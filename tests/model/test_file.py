@@ -22,6 +22,7 @@ from dgc.model import (
     load,
     prune,
     read_state,
+    report,
     save,
     save_state,
     share,
@@ -106,6 +107,17 @@ def test_small_layers_share_a_table() -> None:
     layers = [Layer(codes, torch.ones(1)), Layer(codes.t().contiguous(), torch.ones(1))]
     first, second = encode_layers(layers, "ans")
     assert len(second) < len(first)
+
+
+def test_bytes_of_fixed_gaps_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = (torch.rand(20, 30, generator=torch.Generator().manual_seed(0)) < 0.05).to(torch.uint8)
+    expected = 600 * 4
+    runs = [len(run) for run in "".join(map(str, codes.flatten().tolist())).split("1")[:-1]]
+    for bits in range(1, 17):
+        expected = min(expected, (len(runs) + sum(n // 2**bits for n in runs)) * (4 + bits))
+    for chunk in (7, 1000):
+        monkeypatch.setattr(report, "CHUNK", chunk)
+        assert report._fixed_bytes(codes, 4, 600 - len(runs)) == -(-expected // 8)
 
 
 def test_any_safetensors_reader_lists_the_file(tmp_path: Path) -> None:
