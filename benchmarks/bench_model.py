@@ -36,6 +36,7 @@ from launch.compress import Recipe, accuracy, compress_model, sgd, train
 
 SOFT = {"distill_weight": 0.7, "temperature": 2.0}
 TRAINING = {"batch": 256, "bf16": True}
+SGD = {"optimizer": "sgd", "weight_decay": 5e-4}
 LR = {"lenet300": 0.1, "lenet5": 0.05}
 TAUGHT = ("lenet300",)  # the teacher is no better than a dense LeNet-5
 RECIPES: dict[str, dict[str, Recipe]] = {
@@ -81,7 +82,13 @@ def run_seed(
     train(model, data, sgd(model, LR[name]), epochs=epochs[0], seed=seed, **TRAINING)
     test = (data.test_images, data.test_labels)
     trained = accuracy(model, *test)
-    every = {"lr": LR[name], "prune_epochs": epochs[1], "share_epochs": epochs[2], **TRAINING}
+    every = {
+        "lr": LR[name],
+        **SGD,
+        "prune_epochs": epochs[1],
+        "share_epochs": epochs[2],
+        **TRAINING,
+    }
     recipes = {label: replace(recipe, **every) for label, recipe in RECIPES[name].items()}
     arms: dict[str, dict[str, Any]] = {"baseline": {}}
     if name in TAUGHT:

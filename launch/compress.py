@@ -35,10 +35,12 @@ class Recipe:
     """Epochs of training while the density falls and, for the last third, stays."""
     share_epochs: float = 0.5
     """Epochs in which the shared values train."""
-    lr: float = 0.05
-    """SGD's step while pruning; it decays to zero along a cosine."""
-    weight_decay: float = 5e-4
-    """While pruning: weights that are not needed shrink before they are chosen."""
+    optimizer: str = "adam"
+    """While pruning: `"adam"`, or `"sgd"` with Nesterov momentum of 0.9."""
+    lr: float = 1e-3
+    """Its step; it decays to zero along a cosine."""
+    weight_decay: float = 0.0
+    """Weights that are not needed shrink before it is chosen which to keep."""
     share_lr: float = 2e-4
     """Adam's step for the shared values."""
     distill_weight: float = 0.0
@@ -121,11 +123,17 @@ def train(
         schedule.step()
 
 
-def sgd(model: nn.Module, lr: float, weight_decay: float = 5e-4) -> torch.optim.SGD:
-    """Nesterov momentum of 0.9."""
+def adam(model: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
+
+
+def sgd(model: nn.Module, lr: float, weight_decay: float = 5e-4) -> torch.optim.Optimizer:
     return torch.optim.SGD(
         model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=weight_decay
     )
+
+
+OPTIMIZERS = {"adam": adam, "sgd": sgd}
 
 
 def compress_model(
@@ -169,8 +177,8 @@ def compress_model(
     dgc.model.share(model, _plain(recipe.bits), penalty=recipe.penalty)
     stage("shared", _size(model, out, recipe))
     # Gradients of shared values are sums over their members, of any size: Adam does not mind.
-    adam = torch.optim.Adam(model.parameters(), lr=recipe.share_lr, fused=True)
-    train(model, data, adam, epochs=recipe.share_epochs, progress="share", **extra)
+    optimizer = adam(model, recipe.share_lr)
+    train(model, data, optimizer, epochs=recipe.share_epochs, progress="share", **extra)
     saved = dgc.model.save(model, out, coder=recipe.coder, half=recipe.half)
     stage("shared, retrained, saved", saved.file_bytes)
     return stages, saved
@@ -189,7 +197,7 @@ def _prune_and_train(model: nn.Module, data: Data, recipe: Recipe, **extra: obje
             now = {n: dgc.model.cubic_density(step, 0, end, final=d) for n, d in names.items()}
             dgc.model.prune(model, now)
 
-    optimizer = sgd(model, recipe.lr, recipe.weight_decay)
+    optimizer = OPTIMIZERS[recipe.optimizer](model, recipe.lr, recipe.weight_decay)
     train(model, data, optimizer, epochs=recipe.prune_epochs, each_step=lower, **extra)
 
 

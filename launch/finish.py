@@ -36,6 +36,7 @@ def main() -> None:
         density=DENSITIES[args.model],
         prune_epochs=args.epochs,
         share_epochs=args.epochs / 4,
+        lr=3e-3,
         distill_weight=0.9,
     )
     _, report = compress_model(model, data, args.out, recipe)
