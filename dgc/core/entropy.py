@@ -117,7 +117,7 @@ def encode_ans(symbols: Tensor, table: bytes) -> bytes:
     for part in reversed(flat.split(_CHUNK)):  # a stack: the first symbol goes on last
         coder.encode_reverse(part.to("cpu", torch.int32).numpy(), model)
     words: Array = coder.get_compressed()
-    return words.astype("<u4").tobytes()
+    return words.astype("<u4", copy=False).tobytes()
 
 
 def decode_ans(code: bytes, count: int, table: bytes) -> Tensor:

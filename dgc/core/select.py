@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,12 +63,14 @@ def topk_mask(tensor: Tensor, k: int) -> Tensor:
     if flat.device.type != "cpu":
         mask = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
         return mask.index_fill_(0, select_topk(flat, k).indices, True).view(tensor.shape)
-    magnitude = flat.abs() if flat.dtype == torch.float64 else flat.float().abs()
-    if bool(magnitude.isnan().any()):
+    if bool(flat.isnan().any()):
         raise ConfigError("some elements are nan: magnitudes have no order")
-    kth = float(np.partition(magnitude.numpy(), flat.numel() - k)[flat.numel() - k])
-    mask = magnitude > kth
-    ties = (magnitude == kth).nonzero().squeeze(1)
+    ordered = (flat if flat.dtype == torch.float64 else flat.float()).abs().numpy()
+    ordered.partition(flat.numel() - k)
+    kth = float(ordered[flat.numel() - k])
+    del ordered
+    mask = flat.abs() > kth
+    ties = (flat.abs() == kth).nonzero().squeeze(1)
     mask[ties[: k - int(mask.sum())]] = True
     return mask.view(tensor.shape)
 

@@ -58,14 +58,17 @@ def pack(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
         at += len(data)
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    raw = b"".join([len(text).to_bytes(8, "little"), text, *(entries[n].data for n in order)])
-    return raw[:_HASH_AT] + _digest(raw) + raw[_HASH_AT + _HASH_CHARS :]
+    start, parts = len(text).to_bytes(8, "little") + text, [entries[n].data for n in order]
+    digest = _digest(start, *parts)
+    return b"".join([start[:_HASH_AT], digest, start[_HASH_AT + _HASH_CHARS :], *parts])
 
 
-def _digest(raw: bytes) -> bytes:
-    """BLAKE2b-128, in hex, of the whole file but the hash itself."""
-    hasher = hashlib.blake2b(raw[:_HASH_AT], digest_size=_HASH_CHARS // 2)
-    hasher.update(memoryview(raw)[_HASH_AT + _HASH_CHARS :])
+def _digest(start: bytes, *rest: bytes) -> bytes:
+    """BLAKE2b-128, in hex, of the whole file, given in parts, but the hash itself."""
+    hasher = hashlib.blake2b(start[:_HASH_AT], digest_size=_HASH_CHARS // 2)
+    hasher.update(memoryview(start)[_HASH_AT + _HASH_CHARS :])
+    for part in rest:
+        hasher.update(part)
     return hasher.hexdigest().encode()
 
 
