@@ -11,19 +11,33 @@ import pytest
 from tests.launching import ROOT, environment
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-SCRIPTS = {
-    code.split("\n")[0].removeprefix("# "): code for kind, code in BLOCKS if kind == "python"
+
+
+def blocks(kind: str, text: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+# A framework's section runs an example and shows a few lines of it; other Python is whole scripts.
+EXAMPLES = {
+    example[0]: "".join(blocks("python", section))
+    for section in README.split("\n## ")
+    if (example := re.search(r"launch/examples/\w+\.py", "".join(blocks("bash", section))))
 }
-COMMANDS = [line for kind, code in BLOCKS if kind == "bash" for line in code.splitlines()]
+SCRIPTS = {
+    code.split("\n")[0].removeprefix("# "): code
+    for code in blocks("python", README)
+    if code not in EXAMPLES.values()
+}
+COMMANDS = [line for code in blocks("bash", README) for line in code.splitlines()]
 # This test is a part of what these two run.
 RUNNING = {"make test", "make check"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a reader would have put the scripts."""
+    """Where a reader would have put the scripts, with the repository's launch/."""
     path: Path = tmp_path_factory.mktemp("reader")
+    (path / "launch").symlink_to(ROOT / "launch")
     for name, code in SCRIPTS.items():
         (path / name).write_text(code)
     return path
@@ -32,6 +46,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_scripts_are_named() -> None:
     assert all(name.endswith(".py") for name in SCRIPTS)
     assert set(COMMANDS) > RUNNING
+
+
+def test_every_example_has_a_section() -> None:
+    files = (ROOT / "launch" / "examples").glob("*.py")
+    assert set(EXAMPLES) == {f"launch/examples/{path.name}" for path in files}
+
+
+@pytest.mark.parametrize("path", EXAMPLES)
+def test_section_shows_its_example(path: str) -> None:
+    shown = EXAMPLES[path]
+    assert 0 < len(shown.splitlines()) <= 5
+    rest = "\n" + (ROOT / path).read_text()
+    for part in shown.split("\n\n"):  # an empty line stands for what is left out
+        _, found, rest = rest.partition("\n" + part.strip("\n") + "\n")
+        assert found, f"{path} lacks, in this order:\n{part}"
 
 
 @pytest.mark.timeout(900)
