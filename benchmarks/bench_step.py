@@ -125,7 +125,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set(xscale="log", xlabel="times as fast as DDP fp32")
         axis.set_title("{}, {} hosts × {} ranks".format(*place), fontsize=10)
         axis.invert_yaxis()
-    axes[0][0].legend()
+    axes[0][0].legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
