@@ -14,5 +14,5 @@ with dgc.init(backend="mpi") as rt:
         optimizer.zero_grad()
         model(torch.randn(32, 64)).square().mean().backward()
         optimizer.step()
-    losses = MPI.COMM_WORLD.allgather(float(model(torch.ones(1, 64)).sum()))
+    losses = MPI.COMM_WORLD.allgather(model(torch.ones(1, 64)).sum().item())
     assert len(set(losses)) == 1  # all ranks hold one model
