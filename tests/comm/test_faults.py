@@ -14,12 +14,12 @@ from torch import Tensor
 import dgc
 from dgc.comm.base import Done
 from dgc.errors import WireError
-from launch.emulate_hosts import EmulatedHosts, emulated_hosts, why_not
+from launch.emulate_hosts import EmulatedHosts, emulated_hosts
 from tests.launching import ROOT, environment
+from tests.needs import needs_namespaces
 from tests.threads import ThreadCommunicator, run_ranks
 from tests.workers import Toy, flat, train, wrap
 
-needs_namespaces = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 DAMAGED = 6  # the step whose exchange is damaged
 
 

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from inspect import signature
 from typing import Any
 
@@ -15,10 +14,8 @@ import dgc.horovod as hvd
 from dgc.comm.horovod import HorovodCommunicator, import_horovod
 from dgc.errors import ConfigError, MissingPackageError
 from tests.launching import ROOT, environment, mpirun
+from tests.needs import needs_horovod
 
-needs_horovod = pytest.mark.skipif(
-    find_spec("horovod") is None, reason="Horovod is not installed: launch/install_horovod.sh"
-)
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from launch.emulate_hosts import EmulatedHosts, EmulationError, emulated_hosts, shaping, why_not
+from tests.needs import needs_namespaces
 
-needs_namespaces = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 TOOL = [sys.executable, str(Path(__file__).parents[2] / "launch/emulate_hosts.py")]
 
 # Each rank adds 1 over gloo, and says who and where it is.

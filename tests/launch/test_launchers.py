@@ -5,20 +5,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from launch.emulate_hosts import EmulatedHosts, emulated_hosts, why_not
+from launch.emulate_hosts import EmulatedHosts, emulated_hosts
 from tests.launching import ROOT, environment
+from tests.needs import needs_horovod, needs_namespaces
 from tests.ranks.launched import digest
 from tests.threads import run_ranks
 
-needs_namespaces = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-needs_horovod = pytest.mark.skipif(
-    find_spec("horovod") is None, reason="Horovod is not installed: launch/install_horovod.sh"
-)
 LAUNCH, SCRIPT = ROOT / "launch", ROOT / "tests/ranks/launched.py"
 # What Slurm would do: start $TASKS tasks on each node, and tell them where they stand.
 STUBS = {
