@@ -248,4 +248,5 @@ TASKS: dict[str, Task] = {
     "resnet20": Images("resnet20"),
     "lstm": Text(LSTM, _sgd, length=64, steps=200, clip=1.0),
     "gpt": Text(GPT, _adamw, length=128, steps=100),
+    "gpt64": Text(lambda: GPT(64, 2, 64), _adamw, length=64, steps=100),
 }
