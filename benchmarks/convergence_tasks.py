@@ -238,7 +238,7 @@ def _sgd(model: nn.Module, lr: float) -> Optimizer:
 
 
 def _adamw(model: nn.Module, lr: float) -> Optimizer:
-    return AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1)
+    return AdamW(model.parameters(), lr, weight_decay=0.1)
 
 
 TASKS: dict[str, Task] = {

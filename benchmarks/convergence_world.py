@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from dgc.comm.base import Done, Handle, SelfCommunicator
 from dgc.config import Compression
 from dgc.train.bucket import CompressedBucket
+from dgc.train.inner import InnerStep
 from dgc.train.optimizer import DistributedOptimizer
 from dgc.train.reducer import Reducer
 from dgc.train.step import Arrival
@@ -66,7 +67,8 @@ class Follower(Reducer):
     """Worker 1 to N−1: sends as every rank does; what arrives is worker 0's to decode."""
 
     def __init__(self, leader: DistributedOptimizer, comm: Member) -> None:
-        super().__init__(leader.params, leader.config, comm, leader.reducer.rows)
+        inner = InnerStep(leader.optimizer, leader.params, leader.config, comm.world_size)
+        super().__init__(leader.params, inner.memory_config, comm, inner.row, enter=inner.enter_)
         self.leader = leader
 
     def _receive(self, index: int) -> Arrival:

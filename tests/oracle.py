@@ -120,19 +120,26 @@ class Oracle:
 
 @dataclass
 class AdamWOracle(Oracle):
-    """AdamW: `Sgd.momentum` is β1. Its second moment is that of what arrived."""
+    """AdamW: a worker's gradient over the root of its own second moment; what arrives is a step."""
 
     beta2: float = 0.99
-    eps: float = 1e-8
+    eps: float = 0.1
+    second: list[Gradients] = field(default_factory=list)
 
-    def _gain(self, sgd: Sgd) -> float:
-        return 1 - sgd.momentum
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.second = [self._zeros() for _ in range(self.workers)]
+
+    def _send(self, worker: int, name: str, g: list[float]) -> dict[int, float]:
+        second, correction = self.second[worker][name], 1 - self.beta2 ** (self.step_number + 1)
+        entering = []
+        for j, x in enumerate(g):
+            second[j] = self.beta2 * second[j] + (1 - self.beta2) * x * x
+            entering.append(x / (math.sqrt(second[j] / correction) + self.eps))
+        return super()._send(worker, name, entering)
 
     def _apply(self, name: str, arrived: list[float]) -> None:
         sgd, p = self.sgd[name], self.params[name]
-        second = self.shared.setdefault(name, [0.0] * len(p))
+        rate = 1.0 if self.config.fold_lr else sgd.lr
         for j, x in enumerate(arrived):
-            x /= sgd.lr if self.config.fold_lr else 1.0
-            second[j] = self.beta2 * second[j] + (1 - self.beta2) * x * x
-            root = math.sqrt(second[j] / (1 - self.beta2 ** (self.step_number + 1)))
-            p[j] -= sgd.lr * (x / (root + self.eps) + sgd.weight_decay * p[j])
+            p[j] -= sgd.lr * sgd.weight_decay * p[j] + rate * math.sqrt(self.workers) * x

@@ -48,8 +48,11 @@ class Fsdp2State(Attached):
         check_agreement(shards, config.describe(), self.comm)
         for shard in shards.values():
             self.comm.broadcast_(shard.detach())
-        self.inner = inner = InnerStep(optimizer, params, config, scaler)
-        self.reducer = Reducer(shards, config, self.comm, inner.row, lambda: inner.loss_scale)
+        self.inner = inner = InnerStep(optimizer, params, config, self.comm.world_size, scaler)
+        self.reducer = Reducer(
+            *(shards, inner.memory_config, self.comm),
+            *(inner.row, lambda: inner.loss_scale, inner.enter_),
+        )
         self._shards = TorchCommunicator(_mesh(params).get_group())
         self._queued = False
         self._delivered = False  # .grad may still hold the mean of the step before

@@ -38,8 +38,11 @@ class HookState(Attached):
         _check_all_trained(model, set(params.values()))
         check_agreement(params, config.describe(), self.comm)
         self.names = {param: name for name, param in params.items()}
-        self.inner = inner = InnerStep(optimizer, params, config, scaler)
-        self.reducer = Reducer(params, config, self.comm, inner.row, lambda: inner.loss_scale)
+        self.inner = inner = InnerStep(optimizer, params, config, self.comm.world_size, scaler)
+        self.reducer = Reducer(
+            *(params, inner.memory_config, self.comm),
+            *(inner.row, lambda: inner.loss_scale, inner.enter_),
+        )
         self.guard = Guard(params)
         self._waiting: list[tuple[Future, Tensor]] = []
 

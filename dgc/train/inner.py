@@ -3,16 +3,19 @@
 import inspect
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Adam, Optimizer
 
 from dgc.config import DGC, Compression
 from dgc.errors import ConfigError, StateError
+from dgc.train.adam import AdamSteps, check_adam
 from dgc.train.bucket import Row
-from dgc.train.momentum import AdamMomentum, Momentum, SgdMomentum
+from dgc.train.momentum import Momentum, SgdMomentum
 from dgc.train.reducer import is_excluded
 
 _KNOWN = (SGD, Adam)  # AdamW is an Adam
@@ -21,14 +24,15 @@ _KNOWN = (SGD, Adam)  # AdamW is an Adam
 class InnerStep:
     """Prepares an optimizer for a step with the mean gradient, and restores it afterwards.
 
-    With momentum correction the momentum (SGD's with Nesterov, dampening and weight decay, Adam's
-    β1) is read from its param groups at each step, so schedulers keep working, and kept from being
-    applied again.
+    With momentum correction the options (SGD's momentum with Nesterov, dampening and weight decay;
+    all of Adam's) are read from its param groups at each step, so schedulers keep working, and kept
+    from being applied again.
 
     Args:
         optimizer: the optimizer that applies the mean.
         params: what it trains, by name.
         config: who owns momentum, and whether the learning rate is folded in.
+        world_size: number of ranks.
         scaler: the `torch.amp.GradScaler` that scales the loss; None if none does.
 
     Raises:
@@ -40,12 +44,16 @@ class InnerStep:
         optimizer: Optimizer,
         params: Mapping[str, Parameter],
         config: Compression,
+        world_size: int,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.optimizer, self.params, self.config, self.scaler = optimizer, params, config, scaler
         self.owns_momentum = isinstance(config, DGC) and config.momentum_correction
         self.regroup()
-        self.local: Momentum = SgdMomentum() if isinstance(optimizer, SGD) else AdamMomentum()
+        self.local: Momentum = SgdMomentum()
+        self.adam = AdamSteps(world_size)
+        if self.owns_momentum and isinstance(optimizer, Adam):
+            self.local = self.adam
         self._sent_lr: dict[int, float] = {}
         self._last_lr: dict[int, float] = {}  # that was not 0
         self._with_momentum: set[str] = set()  # had a step: dampening starts with the second
@@ -55,6 +63,13 @@ class InnerStep:
     def regroup(self) -> None:
         """Find each parameter's group; `optimizer.load_state_dict` replaces the groups."""
         self._group = {p: g for g in self.optimizer.param_groups for p in g["params"]}
+
+    @property
+    def memory_config(self) -> Compression:
+        """The configuration of the memory, which keeps no u where there is no momentum to keep."""
+        if isinstance(self.config, DGC) and self.owns_momentum and not self.local.in_memory:
+            return replace(self.config, momentum_correction=False)
+        return self.config
 
     @property
     def loss_scale(self) -> float:
@@ -72,14 +87,25 @@ class InnerStep:
         config, group = self.config, self._group_of(name)
         if not isinstance(config, DGC) or is_excluded(name, config):
             return Row()
-        gain, lr, applied = 1 / self.loss_scale, 1.0, 1 / self.loss_scale
+        gain, lr, divisor = 1 / self.loss_scale, 1.0, 1.0
         if config.fold_lr:
             lr = self._sent_lr[id(group)] = float(group["lr"])
-            applied *= self._divisor(group)
+            divisor = 1.0 if self._adds_steps else self._divisor(group)
         own = Row()
         if self.owns_momentum:
-            own = self.local.row(group, first=name not in self._with_momentum)
-        return own._replace(gain=own.gain * gain, lr=lr, applied_lr=applied)
+            own = self.local.row(self.params[name], group, first=name not in self._with_momentum)
+        return own._replace(gain=own.gain * gain, lr=lr, applied_lr=own.applied_lr * gain * divisor)
+
+    @property
+    def _adds_steps(self) -> bool:
+        """Whether what arrives is a step and no gradient."""
+        return self.owns_momentum and self.local is self.adam
+
+    def enter_(self, name: str, grad: Tensor, row: Row) -> tuple[Tensor, Row]:
+        """What enters the memory for the gradient `grad`, which may be overwritten, and how."""
+        if not self.owns_momentum or is_excluded(name, self.config):
+            return grad, row
+        return self.local.enter_(name, grad, row, self.params[name], self._group_of(name))
 
     def _divisor(self, group: dict[str, Any]) -> float:
         """The rate at which what arrives is applied.
@@ -122,10 +148,13 @@ class InnerStep:
             changed = self.local.without(old) if self.owns_momentum else ()
             group.update({key: old[key] for key in (*changed, "lr")})
         self._saved = None
+        self.local.after(self.params)
 
     def _add_local(self, name: str, param: Parameter) -> None:
         group = self._group_of(name)
-        excluded, scale = is_excluded(name, self.config), 1 - self._steps_with_one(group)
+        excluded, scale = is_excluded(name, self.config), 1.0 - self._steps_with_one(group)
+        if self._adds_steps and isinstance(self.config, DGC) and not self.config.fold_lr:
+            scale = float(group["lr"])
         self.local.local_(name, param, group, excluded=excluded, scale=scale)
 
     def _steps_with_one(self, group: dict[str, Any]) -> bool:
@@ -137,6 +166,8 @@ class InnerStep:
         return {
             "local_momentum": {name: b.clone() for name, b in self.local.buffers.items()},
             "with_momentum": sorted(self._with_momentum),
+            "second_moments": {name: s.clone() for name, s in self.adam.seconds.items()},
+            "updates": {name: int(count) for name, count in self.adam.updates.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -145,6 +176,14 @@ class InnerStep:
         buffers = state["local_momentum"]
         self.local.buffers = {n: b.clone().to(self.params[n]) for n, b in buffers.items()}
         self._with_momentum = set(state["with_momentum"])
+        seconds = {
+            n: s.clone().to(self.params[n].device) for n, s in state["second_moments"].items()
+        }
+        self.adam.seconds = seconds
+        self.adam.updates = {
+            name: torch.tensor(float(state["updates"][name]), device=second.device)
+            for name, second in seconds.items()
+        }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise `StateError` if `state` is for another model."""
@@ -154,6 +193,16 @@ class InnerStep:
             found, wanted = tuple(buffer.shape), tuple(self.params[name].shape)
             if found != wanted:
                 raise StateError(f"the momentum of {name} in this state is {found}, here {wanted}")
+        for name, second in state["second_moments"].items():
+            found, wanted = (
+                second.numel(),
+                state["memory"].get(name, {}).get("v", second[:0]).numel(),
+            )
+            if found != wanted or name not in state["updates"]:
+                raise StateError(
+                    f"the second moment of {name} in this state has {found} elements, its residual "
+                    f"{wanted}: it is of another model"
+                )
 
 
 def check_supported(
@@ -187,6 +236,9 @@ def check_supported(
             f"{name} overrides {kind.__name__}.step and may apply momentum a second time: "
             f"use torch.optim.{kind.__name__}, or dgc.DGC(momentum_correction=False)"
         )
+    if kind is Adam:
+        for group in optimizer.param_groups:
+            check_adam(group)
     if any("momentum_buffer" in each for each in optimizer.state.values()):
         raise ConfigError(
             "the optimizer has momentum of earlier steps, which would be applied beside the "

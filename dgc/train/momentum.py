@@ -4,6 +4,7 @@ Weight decay and the mean gradient of excluded parameters are the same on all ra
 is kept here and applied after the exchange.
 """
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -22,15 +23,28 @@ class Momentum(Protocol):
 
     buffers: dict[str, Tensor]
 
-    def row(self, group: dict[str, Any], *, first: bool) -> Row:
-        """u ← m·u + c·g with the options of `group`; `first` at a parameter's first step."""
+    in_memory: bool
+    """Whether the memory needs u for it."""
+
+    def row(self, param: Parameter, group: dict[str, Any], *, first: bool) -> Row:
+        """How the gradient of `param` enters the memory; `first` at its first step."""
         ...
+
+    def enter_(
+        self, name: str, grad: Tensor, row: Row, param: Parameter, group: dict[str, Any]
+    ) -> tuple[Tensor, Row]:
+        """What enters the memory for the gradient `grad`, which may be overwritten, and how."""
+        return grad, row
 
     def local_(
         self, name: str, param: Parameter, group: dict[str, Any], *, excluded: bool, scale: float
     ) -> None:
         """Add `scale` times the local share to `param.grad`, the mean that arrived."""
         ...
+
+    def after(self, params: Mapping[str, Parameter]) -> None:
+        """The optimizer's step is over."""
+        return
 
     def without(self, group: dict[str, Any]) -> dict[str, Any]:
         """The options with which the optimizer applies nothing of this again."""
@@ -48,10 +62,12 @@ class SgdMomentum(Momentum):
         buffers: b by parameter name, with the parameter's shape and dtype.
     """
 
+    in_memory = True
+
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
 
-    def row(self, group: dict[str, Any], *, first: bool) -> Row:
+    def row(self, param: Parameter, group: dict[str, Any], *, first: bool) -> Row:
         gain = 1.0 if first else 1 - group["dampening"]
         return Row(group["momentum"], gain, nesterov=group["nesterov"])
 
@@ -88,42 +104,3 @@ class SgdMomentum(Momentum):
             param.grad.copy_(sign * scale * d)
         else:
             param.grad.add_(d, alpha=sign * scale)
-
-
-class AdamMomentum(Momentum):
-    """Adam's first moment in the memory; the second is the optimizer's, of what arrives.
-
-        u ← β1·u + (1 − β1)·g        on each rank, masked where it is sent
-        p ← p − lr·g̅ / (√ŝ + ε)      ŝ the moving average of g̅² with β2: Adam with β1 = 0
-
-    At density 1 without masking g̅ is the moving average of the mean gradient. Dense Adam takes ŝ
-    of the gradient itself, which is larger: the same only up to the learning rate.
-
-    Weight decay stays the optimizer's, which applies it to the parameters of every rank alike.
-    Excluded parameters get the same moving average, of the mean gradient.
-
-    Attributes:
-        buffers: that average, by parameter name.
-    """
-
-    def __init__(self) -> None:
-        self.buffers: dict[str, Tensor] = {}
-
-    def row(self, group: dict[str, Any], *, first: bool) -> Row:
-        beta = float(group["betas"][0])
-        return Row(beta, 1 - beta)
-
-    def without(self, group: dict[str, Any]) -> dict[str, Any]:
-        beta1, beta2 = group["betas"]
-        return {"betas": (0 * beta1, beta2)}  # torch wants two floats or two tensors
-
-    @torch.no_grad()
-    def local_(
-        self, name: str, param: Parameter, group: dict[str, Any], *, excluded: bool, scale: float
-    ) -> None:
-        if excluded:
-            assert param.grad is not None
-            beta = float(group["betas"][0])
-            buffer = self.buffers.setdefault(name, torch.zeros_like(param))
-            buffer.mul_(beta).add_(param.grad, alpha=1 - beta)
-            param.grad.copy_(buffer)

@@ -84,8 +84,11 @@ class DistributedOptimizer(Optimizer):
                 stacklevel=2,
             )
         check_agreement(self.params, config.describe(), self.comm)
-        self.inner = inner = InnerStep(optimizer, self.params, config, scaler)
-        self.reducer = Reducer(self.params, config, self.comm, inner.row, lambda: inner.loss_scale)
+        self.inner = inner = InnerStep(optimizer, self.params, config, self.comm.world_size, scaler)
+        self.reducer = Reducer(
+            *(self.params, inner.memory_config, self.comm),
+            *(inner.row, lambda: inner.loss_scale, inner.enter_),
+        )
         self.guard = Guard(self.params)
         self._syncing, self._synchronized, self._apply = True, False, True
         self._broadcast(named_buffers)

@@ -37,6 +37,7 @@ class Reducer:
         comm: the ranks.
         rows: how the gradient of a parameter enters the memory now.
         loss_scale: by what the gradients of this step are too large.
+        enter: what enters the memory for the gradient of a parameter, and how.
     """
 
     def __init__(
@@ -46,9 +47,13 @@ class Reducer:
         comm: Communicator,
         rows: Callable[[str], Row],
         loss_scale: Callable[[], float] = lambda: 1.0,
+        enter: Callable[[str, Tensor, Row], tuple[Tensor, Row]] = lambda name, grad, row: (
+            grad,
+            row,
+        ),
     ) -> None:
         self.params, self.config, self.comm = dict(params), config, comm
-        self.rows, self.loss_scale = rows, loss_scale
+        self.rows, self.loss_scale, self._enter = rows, loss_scale, enter
         self.names = plan(self.params, config)
         self._patterns = self._make_patterns()
         self.buckets = [self._bucket(names) for names in self.names]
@@ -162,10 +167,13 @@ class Reducer:
         with self._timed("compress_seconds"):
             used = [self._uses(name) for name in names]
             scale = self._scale()
-            grads = [self._grad(name) for name in names] if math.isfinite(scale) else None
+            grads = [self._grad(name) for name in names]
             rows = [self.rows(name) for name in names]
             rows = [row._replace(gain=row.gain * scale) for row in rows]
-            payload = bucket.send(grads, rows, used, self.step)
+            for i, name in enumerate(names):
+                if used[i] and math.isfinite(scale):
+                    grads[i], rows[i] = self._enter(name, grads[i], rows[i])
+            payload = bucket.send(grads if math.isfinite(scale) else None, rows, used, self.step)
         density = bucket.density(self.step)
         if index == 0:
             self.stats.density, self.stats.pattern = density, bucket.pattern.name

@@ -68,7 +68,7 @@ def wrapper_resumes(folder: str) -> None:
     nets, optimizers = [Net(), Net()], []
     for net in nets:
         adam = torch.optim.Adam(net.parameters(), lr=0.01)
-        config = dgc.DGC(density=0.1, min_selected=1, momentum_correction=False)
+        config = dgc.DGC(density=0.1, min_selected=1)
         optimizers.append(
             dgc.DistributedOptimizer(adam, net.named_parameters(), config, TorchCommunicator())
         )
