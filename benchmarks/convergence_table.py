@@ -93,7 +93,7 @@ def interval(
 PANELS = (
     ("LeNet-5", "lenet5", 5, "dense,lr=0.05", "dgc,warmup_epochs=0.5,lr=0.1"),
     ("LeNet-300-100", "lenet300", 20, "dense,lr=0.1", "dgc,warmup_epochs=0.5,lr=0.2"),
-    ("byte GPT, AdamW", "gpt", 4, "dense,lr=2e-3", "dgc,warmup_epochs=0.5,lr=4e-3"),
+    ("byte GPT, AdamW", "gpt64", 64, "dense,lr=4e-3", "dgc,warmup_epochs=0.5,lr=8e-3"),
 )
 
 

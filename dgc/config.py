@@ -87,24 +87,26 @@ class DGC(Compression):
     so compression then starts when the backward pass has ended. None does not clip."""
 
     momentum_correction: bool = True
-    """The memory applies the optimizer's momentum, SGD's or the β1 of Adam and AdamW, before
-    accumulation. False leaves momentum to the optimizer, after the exchange: plain error feedback,
-    for any optimizer; with AdamW it lost over twice as much (docs/log.md, 2026-11-24)."""
+    """The memory applies the optimizer before accumulation: SGD's momentum; of Adam and AdamW the step
+    by each rank's own second moment, without β1 (`dgc.train.adam`). False leaves it to the optimizer,
+    after the exchange: plain error feedback, for any optimizer; with AdamW it is far behind
+    (docs/log.md, 2026-11-25)."""
 
     momentum_masking: bool = True
     """Momentum factor masking: the momentum of what was sent is set to zero. Stable at learning
     rates where training without it diverges, but elements that are sent often then have less
     momentum: try up to twice the learning rate of dense training (docs/log.md, 2026-11-24).
-    Without momentum correction there is no local momentum, and nothing to mask."""
+    Without momentum in the memory, so with Adam, there is nothing to mask."""
 
     local_accumulation: bool = True
     """What is not sent stays and is sent later. False forgets it, as an ablation."""
 
-    fold_lr: bool = True
-    """Gradients are accumulated after scaling with the learning rate of their own step, so that a
-    change of rate does not rescale what was left over. False accumulates gradients, as the paper:
-    better where the rate falls in steps, by 0.6 points of accuracy on LeNet-300-100 (two seeds,
-    docs/log.md, 2026-11-24)."""
+    fold_lr: bool = False
+    """False accumulates gradients, as the paper, and what is sent is applied with the learning rate of
+    the step in which it arrives. True accumulates them after scaling with the rate of their own step,
+    so that a change of rate does not rescale what was left over: where the rate falls in steps this
+    costs 0.5 points of accuracy on LeNet-300-100, with a cosine nothing (five seeds each,
+    docs/log.md, 2026-11-25)."""
 
     selector: Selector = ThresholdTopK()
     """How the largest elements are found; see `dgc.core.select`."""
@@ -146,14 +148,13 @@ class DGC(Compression):
 
     @classmethod
     def paper(cls, *, warmup_steps: int, clip_norm: float | None = None, **changes: Any) -> "DGC":
-        """The paper's own recipe: fp32 values, no least number of them, gradients accumulated
-        without the rate.
+        """The paper's own recipe: fp32 values, and no least number of them.
 
         Example:
             >>> DGC.paper(warmup_steps=400).value_bits
             32
         """
-        recipe = {"value_bits": 32, "min_selected": 1, "fold_lr": False, **changes}
+        recipe = {"value_bits": 32, "min_selected": 1, **changes}
         return cls(warmup_steps=warmup_steps, clip_norm=clip_norm, **recipe)
 
 

@@ -50,7 +50,8 @@ def resize(states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> d
 
         v' = (W'/W) · Σ rows read,   so that   Σ v' / W' = Σ v / W
 
-    and the same for u: what the mean gradient still has to receive stays as it was.
+    and the same for u: what the mean gradient still has to receive stays as it was. Adam's second
+    moments, which differ little among ranks, are those of rank 0.
 
     Args:
         states: the states of the old ranks, in any order: all of them, or at least rank 0's and

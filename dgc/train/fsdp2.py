@@ -173,7 +173,7 @@ def apply_fsdp2(
     if isinstance(config, DGC) and config.clip_norm is not None:
         raise ConfigError(
             "clip_norm needs the norm of a rank's whole gradient, and with FSDP2 a rank has shards: "
-            "leave it None and call clip_grad_norm_ after backward()"
+            "leave it None; with SGD call clip_grad_norm_ after backward()"
         )
     check_supported(optimizer, config, scaler)
     params = named_parameters_of(optimizer, model.named_parameters())

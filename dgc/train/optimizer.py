@@ -25,9 +25,10 @@ class DistributedOptimizer(Optimizer):
     """Wraps an optimizer: gradients are exchanged during backward, `step` applies their mean.
 
     Parameters (and buffers, where given) are overwritten with those of rank 0 at construction.
-    With momentum correction the momentum of the wrapped optimizer (SGD's with Nesterov, dampening
-    and weight decay, Adam's β1) is read from its param groups at each step, so schedulers keep
-    working, and applied once: here. Adam then steps with β1 = 0; see `dgc.train.momentum`.
+    With momentum correction the options of the wrapped optimizer (SGD's momentum with Nesterov,
+    dampening and weight decay; Adam's second moment) are read from its param groups at each step, so
+    schedulers keep working, and applied once: here. With Adam what arrives in `.grad` is a small
+    multiple of a step, and clipping it changes nothing; see `dgc.train.adam`.
 
     Args:
         optimizer: torch.optim.SGD, Adam or AdamW; any with `DGC(momentum_correction=False)` or

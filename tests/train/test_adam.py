@@ -9,6 +9,7 @@ from torch import Tensor
 import dgc
 from dgc.errors import ConfigError, StateError
 from dgc.train.adam import UNIT
+from dgc.train.checkpoint import resize
 from tests.oracle import AdamWOracle, Sgd
 from tests.threads import ThreadCommunicator, run_ranks
 from tests.workers import Toy, flat, gradients, train
@@ -35,7 +36,7 @@ def rate(step: int) -> float:
     "variant",
     [
         {},
-        {"fold_lr": False},
+        {"fold_lr": True},
         {"clip_norm": 3.0},
         {"warmup_steps": 6},
         {"local_accumulation": False},
@@ -111,7 +112,7 @@ def test_excluded_parameters_are_trained_by_the_optimizer(kind: Any) -> None:
 @pytest.mark.parametrize("bits", [1, 4, 32])
 def test_conservation(bits: int) -> None:
     """Σ sent + residual = Σ lr·g/√ŝ, on each rank."""
-    config = dgc.DGC(**{**SMALL, "value_bits": bits})
+    config = dgc.DGC(**{**SMALL, "value_bits": bits}, fold_lr=True)
 
     def body(comm: ThreadCommunicator) -> tuple[Tensor, Tensor]:
         model = Toy()
@@ -202,6 +203,30 @@ def test_resuming_is_exact() -> None:
     assert torch.equal(flat(whole), flat(second))
 
 
+def test_training_goes_on_with_another_number_of_ranks() -> None:
+    config = dgc.DGC(**SMALL)
+
+    def before(comm: ThreadCommunicator) -> dict[str, Any]:
+        model = Toy()
+        optimizer = wrap(model, config, comm)
+        train(model, optimizer, range(3))
+        return optimizer.state_dict()
+
+    states = run_ranks(2, before)
+
+    def after(comm: ThreadCommunicator) -> Tensor:
+        model = Toy()
+        optimizer = wrap(model, config, comm)
+        optimizer.load_state_dict(resize(states, comm.rank, comm.world_size))
+        seconds = optimizer.state_dict()["second_moments"]
+        assert torch.equal(seconds["a_weight"], states[0]["second_moments"]["a_weight"])
+        train(model, optimizer, range(3, 6))
+        return flat(model)
+
+    found = run_ranks(3, after)
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
 def test_a_state_of_another_model_is_refused() -> None:
     model = Toy()
     optimizer = wrap(model, dgc.DGC(**SMALL))
@@ -216,7 +241,8 @@ def test_a_state_of_another_model_is_refused() -> None:
 def test_at_learning_rate_zero_nothing_enters(correction: bool) -> None:
     """With correction what was left over is still applied, as with SGD."""
     model = Toy()
-    optimizer = wrap(model, dgc.DGC(**SMALL, momentum_correction=correction), weight_decay=0.0)
+    config = dgc.DGC(**SMALL, momentum_correction=correction, fold_lr=True)
+    optimizer = wrap(model, config, weight_decay=0.0)
     phases = ((range(2), 0.0, False), (range(2, 5), 0.02, True), (range(5, 30), 0.0, correction))
     for steps, lr, moves in phases:
         optimizer.param_groups[0]["lr"] = lr

@@ -25,7 +25,7 @@ SGD_OPTIONS = [
 SMALL = {"density": 0.1, "min_selected": 1}  # tensors here have few elements
 VARIANTS = {
     "default": {},
-    "lr outside": {"fold_lr": False},
+    "lr inside": {"fold_lr": True},
     "no masking": {"momentum_masking": False},
     "least": {"min_selected": 3},
     "clipping": {"clip_norm": 3.0},
@@ -35,7 +35,7 @@ VARIANTS = {
     "excluded": {"exclude": ("a_*",)},
     "small buckets": {"bucket_bytes": 32},
     "bfloat16 state": {"state_dtype": torch.bfloat16},
-    "paper": {"fold_lr": False, "clip_norm": 3.0, "warmup_steps": 6},
+    "paper": {"clip_norm": 3.0, "warmup_steps": 6},
 }
 
 
@@ -109,7 +109,7 @@ def test_equals_the_oracle(variant: str, nesterov: bool, workers: int) -> None:
             ]
         )
     wanted = torch.tensor([x for name in names for x in oracle.params[name]], dtype=torch.float64)
-    tolerance = 2e-6 if config.state_dtype == torch.float32 else 0.05  # selects others
+    tolerance = 2e-6 if config.state_dtype == torch.float32 else 0.1  # selects others
     assert (found - wanted).norm() <= tolerance * wanted.norm()
 
 
