@@ -69,8 +69,10 @@ class AdamSteps(Momentum):
         g = entering.view(-1).mul_(-row.gain if group["maximize"] else row.gain)
         if group["weight_decay"] and not _is_decoupled(group):
             g.add_(_local(param).reshape(-1), alpha=group["weight_decay"])
-        second = self.seconds.setdefault(name, torch.zeros_like(g))
-        count = self.updates.setdefault(name, torch.zeros((), device=g.device))
+        if name not in self.seconds:
+            self.seconds[name] = torch.zeros_like(g)
+            self.updates[name] = torch.zeros((), dtype=torch.float64, device=g.device)
+        second, count = self.seconds[name], self.updates[name]
         updated = (beta2 * second).addcmul_(g, g, value=1 - beta2)
         finite = updated.isfinite().all()  # not read by the host
         second.copy_(torch.where(finite, updated, second))

@@ -181,7 +181,7 @@ class InnerStep:
         }
         self.adam.seconds = seconds
         self.adam.updates = {
-            name: torch.tensor(float(state["updates"][name]), device=second.device)
+            name: torch.tensor(state["updates"][name], dtype=torch.float64, device=second.device)
             for name, second in seconds.items()
         }
 
@@ -194,10 +194,8 @@ class InnerStep:
             if found != wanted:
                 raise StateError(f"the momentum of {name} in this state is {found}, here {wanted}")
         for name, second in state["second_moments"].items():
-            found, wanted = (
-                second.numel(),
-                state["memory"].get(name, {}).get("v", second[:0]).numel(),
-            )
+            residual = state["memory"].get(name, {}).get("v", second[:0])
+            found, wanted = second.numel(), residual.numel()
             if found != wanted or name not in state["updates"]:
                 raise StateError(
                     f"the second moment of {name} in this state has {found} elements, its residual "
