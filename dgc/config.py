@@ -64,7 +64,9 @@ class DGC(Compression):
     """
 
     density: float = 0.001
-    """Share of each parameter's elements that is sent in a step, in (0, 1]."""
+    """Share of each parameter's elements that is sent in a step, in (0, 1]. An element waits
+    1/(ranks · density) steps, so in short training take more, about 100/(ranks · steps)
+    (docs/log.md, 2026-11-25)."""
 
     min_selected: int = 16
     """Elements of a parameter that are sent at least, >= 1, or all if it has fewer. At one element a
@@ -105,8 +107,8 @@ class DGC(Compression):
     """False accumulates gradients, as the paper, and what is sent is applied with the learning rate of
     the step in which it arrives. True accumulates them after scaling with the rate of their own step,
     so that a change of rate does not rescale what was left over: where the rate falls in steps this
-    costs 0.5 points of accuracy on LeNet-300-100, with a cosine nothing (five seeds each,
-    docs/log.md, 2026-11-25)."""
+    costs 0.5 points of accuracy on LeNet-300-100, with a cosine it makes no difference that five
+    seeds show (docs/log.md, 2026-11-25)."""
 
     selector: Selector = ThresholdTopK()
     """How the largest elements are found; see `dgc.core.select`."""
