@@ -115,7 +115,8 @@ class DGC(Compression):
 
     state_dtype: torch.dtype = torch.float32
     """How momentum and residual are kept: torch.float32, 8 bytes for each element of the parameters
-    (4 without momentum correction); or torch.bfloat16, half of that. Arithmetic is float32 with both.
+    (4 without momentum correction, and with Adam, whose second moment takes 4 more with either
+    dtype); or torch.bfloat16, half of that. Arithmetic is float32 with both.
     A bfloat16 memory rounds what it stores up or down at random, by less than 2^-7 of it, to the
     value in the mean; the random numbers follow from rank and step, so runs repeat and resume bit
     for bit. Its accuracy is in docs/log.md, 2026-11-24."""

@@ -146,7 +146,7 @@ def test_ranks_round_independently() -> None:
 
     one, two = run_ranks(2, body)
     assert not torch.equal(one, two)
-    torch.testing.assert_close(one, two, rtol=0.1, atol=0.1)
+    assert (one - two).abs().median() <= 2**-6 * one.abs().mean()  # a few are selected by one alone
 
 
 def test_a_state_of_another_dtype_is_refused() -> None:
