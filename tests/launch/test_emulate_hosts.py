@@ -142,7 +142,8 @@ def test_nothing_is_left_of_a_job_whose_launcher_is_killed(
 ) -> None:
     script = f"echo $$ > {tmp_path}/pid.part; mv {tmp_path}/pid.part {tmp_path}/pid; sleep 100"
     run = [*TOOL, "run", "--head", "--name", two_hosts.name, "--", "sh", "-c", script]
-    launcher = subprocess.Popen(run)
+    # A shell without job control has what it starts in the background ignore SIGINT.
+    launcher = subprocess.Popen(["env", "--default-signal=INT", *run])
     wait_for(f"{tmp_path}/pid", seen=True)
     pid = (tmp_path / "pid").read_text().strip()
     launcher.send_signal(number)
