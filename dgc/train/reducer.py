@@ -167,13 +167,14 @@ class Reducer:
         with self._timed("compress_seconds"):
             used = [self._uses(name) for name in names]
             scale = self._scale()
-            grads = [self._grad(name) for name in names]
+            grads = [self._grad(name) for name in names] if math.isfinite(scale) else None
             rows = [self.rows(name) for name in names]
             rows = [row._replace(gain=row.gain * scale) for row in rows]
-            for i, name in enumerate(names):
-                if used[i] and math.isfinite(scale):
-                    grads[i], rows[i] = self._enter(name, grads[i], rows[i])
-            payload = bucket.send(grads if math.isfinite(scale) else None, rows, used, self.step)
+            if grads is not None:
+                for i, name in enumerate(names):
+                    if used[i]:
+                        grads[i], rows[i] = self._enter(name, grads[i], rows[i])
+            payload = bucket.send(grads, rows, used, self.step)
         density = bucket.density(self.step)
         if index == 0:
             self.stats.density, self.stats.pattern = density, bucket.pattern.name

@@ -34,7 +34,7 @@ VARIANTS = {
     "no accumulation": {"local_accumulation": False},
     "excluded": {"exclude": ("a_*",)},
     "small buckets": {"bucket_bytes": 32},
-    "bfloat16 state": {"state_dtype": torch.bfloat16},
+    "bfloat16 state": {"state_dtype": torch.bfloat16, "fold_lr": True},
     "paper": {"clip_norm": 3.0, "warmup_steps": 6},
 }
 
@@ -109,7 +109,7 @@ def test_equals_the_oracle(variant: str, nesterov: bool, workers: int) -> None:
             ]
         )
     wanted = torch.tensor([x for name in names for x in oracle.params[name]], dtype=torch.float64)
-    tolerance = 2e-6 if config.state_dtype == torch.float32 else 0.1  # selects others
+    tolerance = 2e-6 if config.state_dtype == torch.float32 else 0.05  # selects others
     assert (found - wanted).norm() <= tolerance * wanted.norm()
 
 

@@ -140,13 +140,13 @@ def test_a_skipped_step_puts_back_what_was_sent(pattern: str) -> None:
 def test_ranks_round_independently() -> None:
     def body(comm: ThreadCommunicator) -> Tensor:
         model = Toy()
-        optimizer = wrap(model, dgc.DGC(**HALF), comm)
+        optimizer = wrap(model, dgc.DGC(**HALF, fold_lr=True), comm)
         train(model, optimizer, range(3), lambda step, rank: gradients(step, 0))
         return residual(optimizer, model)
 
     one, two = run_ranks(2, body)
     assert not torch.equal(one, two)
-    assert (one - two).abs().median() <= 2**-6 * one.abs().mean()  # a few are selected by one alone
+    torch.testing.assert_close(one, two, rtol=0.1, atol=0.1)
 
 
 def test_a_state_of_another_dtype_is_refused() -> None:
