@@ -116,6 +116,8 @@ class Oracle:
         for j in range(len(p)):
             direction = d[j] + sgd.momentum * buffer[j] if sgd.nesterov else buffer[j]
             p[j] -= sgd.lr * (direction + (arrived[j] if own else 0.0))
+            if own and self.config.momentum_masking and arrived[j] != 0:
+                buffer[j] *= 1 - 1 / self.workers
 
 
 @dataclass

@@ -50,7 +50,8 @@ class InnerStep:
         self.optimizer, self.params, self.config, self.scaler = optimizer, params, config, scaler
         self.owns_momentum = isinstance(config, DGC) and config.momentum_correction
         self.regroup()
-        self.local: Momentum = SgdMomentum()
+        masking = self.owns_momentum and isinstance(config, DGC) and config.momentum_masking
+        self.local: Momentum = SgdMomentum(masked=masking / world_size)
         self.adam = AdamSteps(world_size)
         if self.owns_momentum and isinstance(optimizer, Adam):
             self.local = self.adam

@@ -57,6 +57,13 @@ class SgdMomentum(Momentum):
         d = wd·p  (+ g̅ if excluded)
         b ← m·b + (1 − dampening)·d          the first time b ← d, as torch.optim.SGD does
         g̅ ← g̅ + b                           Nesterov: + d + m·b
+        b ← (1 − masked)·b where g̅ arrived   not if excluded
+
+    The last line is momentum factor masking, as if each rank's u held its share of b. Without it the
+    decay is up to 1/(1 − m) times too strong where elements are sent often (docs/log.md, 2026-11-25).
+
+    Args:
+        masked: 1/N with momentum factor masking, else 0.
 
     Attributes:
         buffers: b by parameter name, with the parameter's shape and dtype.
@@ -64,8 +71,9 @@ class SgdMomentum(Momentum):
 
     in_memory = True
 
-    def __init__(self) -> None:
+    def __init__(self, masked: float) -> None:
         self.buffers: dict[str, Tensor] = {}
+        self.masked = masked
 
     def row(self, param: Parameter, group: dict[str, Any], *, first: bool) -> Row:
         gain = 1.0 if first else 1 - group["dampening"]
@@ -102,5 +110,9 @@ class SgdMomentum(Momentum):
             d = d + momentum * buffer if group["nesterov"] else buffer
         if excluded:
             param.grad.copy_(sign * scale * d)
-        else:
-            param.grad.add_(d, alpha=sign * scale)
+            return
+        arrived = param.grad != 0
+        param.grad.add_(d, alpha=sign * scale)
+        if momentum and self.masked:
+            buffer = self.buffers[name]
+            buffer.addcmul_(buffer, arrived.to(buffer.dtype), value=-self.masked)
