@@ -47,6 +47,8 @@ class Recipe:
     """Weight of the teacher's soft targets."""
     temperature: float = 3.0
     """Of those soft targets."""
+    dropout: float = 0.0
+    """Share of the inputs of the first linear layer that is dropped while pruning."""
     batch: int = BATCH
     """Images a step."""
     bf16: bool = False
@@ -87,13 +89,15 @@ def train(
     teacher: Tensor | None = None,
     distill_weight: float = 0.0,
     temperature: float = 3.0,
+    dropout: float = 0.0,
     each_step: Callable[[int, int], None] = lambda step, steps: None,
     progress: str = "",
 ) -> None:
     """`optimizer` with a cosine schedule over `data`; `each_step(step, steps)` comes first.
 
     With `bf16` autocast computes in bfloat16. `teacher` are another model's logits on the training
-    images; `progress`, where given, is the name of a progress bar.
+    images; `dropout` is the share of the inputs of the first linear layer that is dropped;
+    `progress`, where given, is the name of a progress bar.
     """
     from tqdm import tqdm
 
@@ -101,6 +105,14 @@ def train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     batches: list[Tensor] = []
+    noise = torch.Generator().manual_seed(seed)
+
+    def drop(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        kept = torch.rand(inputs[0].shape, generator=noise) >= dropout
+        return inputs[0] * kept / (1 - dropout)
+
+    linear = next(layer for layer in model.modules() if isinstance(layer, nn.Linear))
+    hook = linear.register_forward_pre_hook(drop) if dropout else None
     model.train()
     for step in tqdm(range(steps), progress, unit="step", mininterval=1, disable=not progress):
         each_step(step, steps)
@@ -121,6 +133,8 @@ def train(
         loss.backward()
         optimizer.step()
         schedule.step()
+    if hook:
+        hook.remove()
 
 
 def adam(model: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
@@ -198,7 +212,8 @@ def _prune_and_train(model: nn.Module, data: Data, recipe: Recipe, **extra: obje
             dgc.model.prune(model, now)
 
     optimizer = OPTIMIZERS[recipe.optimizer](model, recipe.lr, recipe.weight_decay)
-    train(model, data, optimizer, epochs=recipe.prune_epochs, each_step=lower, **extra)
+    options = {"epochs": recipe.prune_epochs, "dropout": recipe.dropout, **extra}
+    train(model, data, optimizer, each_step=lower, **options)
 
 
 def _plain(setting):
