@@ -89,12 +89,12 @@ def interval(
     return f"{text} {mark} {half:.{digits}f}{unit}"
 
 
-GPT = "dgc,warmup_epochs=0.5,lr=8e-3,fold_lr=True"
 # What the picture shows: title, and the setting and arms of its rows.
 PANELS = (
     ("LeNet-5", "lenet5", 5, "dense,lr=0.05", "dgc,warmup_epochs=0.5,lr=0.1"),
-    ("LeNet-300-100", "lenet300", 20, "dense,lr=0.1", "dgc,warmup_epochs=0.5,lr=0.2"),
-    ("byte GPT, AdamW", "gpt64", 64, "dense,lr=4e-3", GPT),
+    ("ResNet-20", "resnet20", 5, "dense,lr=0.1", "dgc,warmup_epochs=0.5,lr=0.1"),
+    ("LeNet-300-100", "lenet300", 50, "dense,lr=0.1", "dgc,warmup_epochs=0.5,lr=0.2"),
+    ("byte GPT, AdamW", "gpt64", 64, "dense,lr=4e-3", "dgc,warmup_epochs=0.5,lr=8e-3"),
 )
 
 

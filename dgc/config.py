@@ -70,8 +70,8 @@ class DGC(Compression):
 
     min_selected: int = 16
     """Elements of a parameter that are sent at least, >= 1, or all if it has fewer. At one element a
-    step, as `density` alone would have it, biases and small layers learn too slowly: 0.5 points of
-    accuracy on LeNet-300-100 (docs/log.md, 2026-11-24)."""
+    step, as `density` alone would have it, biases and small layers learn too slowly: 0.4 points of
+    accuracy on LeNet-300-100 (docs/log.md, 2026-11-25)."""
 
     value_bits: int = 4
     """Bits of a sent value: 1, 2, 3, 4, 8, 16 or 32. What rounding loses stays in the residual."""
@@ -95,9 +95,10 @@ class DGC(Compression):
     (docs/log.md, 2026-11-25)."""
 
     momentum_masking: bool = True
-    """Momentum factor masking: the momentum of what was sent is set to zero. Stable at learning
-    rates where training without it diverges, but elements that are sent often then have less
-    momentum: try up to twice the learning rate of dense training (docs/log.md, 2026-11-24).
+    """Momentum factor masking: the momentum of what was sent is set to zero, and a rank's share of that
+    of weight decay. Stable at learning rates where training without it diverges, but elements that
+    are sent often then have less momentum: try up to twice the learning rate of dense training
+    (docs/log.md, 2026-11-24 and 25).
     Without momentum in the memory, so with Adam, there is nothing to mask."""
 
     local_accumulation: bool = True
@@ -107,8 +108,8 @@ class DGC(Compression):
     """False accumulates gradients, as the paper, and what is sent is applied with the learning rate of
     the step in which it arrives. True accumulates them after scaling with the rate of their own step,
     so that a change of rate does not rescale what was left over: where the rate falls in steps this
-    costs 0.5 points of accuracy on LeNet-300-100, with a cosine it makes no difference that five
-    seeds show (docs/log.md, 2026-11-25)."""
+    costs half a point of accuracy on LeNet-300-100, in 5 epochs with a cosine a quarter (docs/log.md,
+    2026-11-25)."""
 
     selector: Selector = ThresholdTopK()
     """How the largest elements are found; see `dgc.core.select`."""
