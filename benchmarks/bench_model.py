@@ -79,11 +79,14 @@ EPOCHS = {  # dense first; then retraining while pruning; then training of share
 
 def run_seed(
     name: str, seed: int, data: fashion_mnist.Data, soft: Tensor, scale: float
-) -> dict[str, Any]:
-    """All recipes of one model and one seed."""
+) -> dict[str, Any] | None:
+    """All recipes of one model and one seed; None if dense training diverges."""
     epochs = [scale * e for e in EPOCHS[name]]
     model = models.build(name, seed).to(memory_format=torch.channels_last)
     train(model, data, sgd(model, LR[name]), epochs=epochs[0], seed=seed, **TRAINING)
+    if not all(p.isfinite().all() for p in model.parameters()):
+        print(f"{name} seed {seed}: dense training diverged, left out", flush=True)
+        return None
     test = (data.test_images, data.test_labels)
     trained = accuracy(model, *test)
     every = {
@@ -287,9 +290,13 @@ def main() -> None:
     data = fashion_mnist.load(options.data)
     soft = teacher.targets(data)
     mine: list[dict[str, Any]] = []
+    tables: dict[str, Any] = {}
     for name in options.models:
         for seed in options.seeds:
-            mine.append(run_seed(name, seed, data, soft, options.scale))
+            done = run_seed(name, seed, data, soft, options.scale)
+            if done is None:
+                continue
+            mine.append(done)
             results = sorted(
                 _others(options.out, mine) + mine, key=lambda r: (r["model"], r["seed"])
             )
