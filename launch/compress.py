@@ -111,8 +111,8 @@ def train(
         kept = torch.rand(inputs[0].shape, generator=noise) >= dropout
         return inputs[0] * kept / (1 - dropout)
 
-    linear = next(layer for layer in model.modules() if isinstance(layer, nn.Linear))
-    hook = linear.register_forward_pre_hook(drop) if dropout else None
+    linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    hook = linear[0].register_forward_pre_hook(drop) if dropout else None
     model.train()
     for step in tqdm(range(steps), progress, unit="step", mininterval=1, disable=not progress):
         each_step(step, steps)
