@@ -50,7 +50,7 @@ class InnerStep:
         self.optimizer, self.params, self.config, self.scaler = optimizer, params, config, scaler
         self.owns_momentum = isinstance(config, DGC) and config.momentum_correction
         self.regroup()
-        masking = self.owns_momentum and isinstance(config, DGC) and config.momentum_masking
+        masking = isinstance(config, DGC) and config.momentum_masking
         self.local: Momentum = SgdMomentum(masked=masking / world_size)
         self.adam = AdamSteps(world_size)
         if self.owns_momentum and isinstance(optimizer, Adam):
