@@ -23,6 +23,7 @@ from dgc.core import Sparse, SparseBatch, num_selected, select_topk
 from dgc.core.kernels.codec_reference import dequantize, quantize
 from dgc.core.quantize import VALUE_BITS
 from dgc.train import wire
+from dgc.train.frame import max_frame_bytes, read_frame
 
 NUMEL = 25_557_032
 BUCKET_BYTES = 25 << 20
@@ -43,10 +44,19 @@ def batch_of(gradient: Tensor, numels: Sequence[int], density: float) -> SparseB
     return SparseBatch.cat([select_topk(p, num_selected(p.numel(), density)) for p in parts])
 
 
+def rice_bytes(batch: SparseBatch, value_bits: int) -> tuple[int, int]:
+    """The message as a GPU makes it: its own bytes, and those with padding."""
+    size = max_frame_bytes(batch.numels, batch.counts, value_bits, rice=True)
+    message, values = wire.encode_rice(batch, value_bits, message_bytes=size)
+    assert bool((values != 0).all()), "a value had no room"
+    return read_frame(message.numpy(), None)[0].message_bytes, size
+
+
 def size_row(batch: SparseBatch, density: float, value_bits: int) -> dict[str, object]:
     count = sum(batch.counts)
     exact = wire.encode(batch.split(), value_bits).numel()
     padded = wire.max_message_bytes(batch.numels, batch.counts, value_bits)
+    rice, rice_padded = rice_bytes(batch, value_bits)
     return {
         "density": density,
         "value bits": value_bits,
@@ -55,6 +65,8 @@ def size_row(batch: SparseBatch, density: float, value_bits: int) -> dict[str, o
         "exact": round(8 * exact / count, 3),
         "padded": round(8 * padded / count, 3),
         "dense fp32 / padded": round(sum(batch.numels) * 4 / padded),
+        "on a GPU": round(8 * rice / count, 3),
+        "padded, on a GPU": round(8 * rice_padded / count, 3),
     }
 
 
@@ -81,12 +93,13 @@ def resnet_rows(gradient: Tensor, numels: Sequence[int]) -> Rows:
     """Total of a step in one bucket and in buckets of 25 MiB."""
     rows: Rows = []
     for name, groups in (("1 bucket", [list(numels)]), ("25 MiB buckets", buckets(numels))):
-        exact = padded = count = 0
+        exact = padded = rice_padded = count = 0
         for part, group in zip(gradient.split([sum(g) for g in groups]), groups, strict=True):
             batch = batch_of(part, group, 0.001)
             count += sum(batch.counts)
             exact += wire.encode(batch.split(), VALUES).numel()
             padded += wire.max_message_bytes(batch.numels, batch.counts, VALUES)
+            rice_padded += rice_bytes(batch, VALUES)[1]
         rows.append(
             {
                 "messages": f"{name}: {len(groups)}",
@@ -96,6 +109,8 @@ def resnet_rows(gradient: Tensor, numels: Sequence[int]) -> Rows:
                 "bits a value, padded": round(8 * padded / count, 3),
                 "dense fp32 / exact": round(4 * NUMEL / exact),
                 "dense fp32 / padded": round(4 * NUMEL / padded),
+                "padded bytes, on a GPU": rice_padded,
+                "dense fp32 / padded, on a GPU": round(4 * NUMEL / rice_padded),
             }
         )
     return rows

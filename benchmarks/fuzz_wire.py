@@ -17,13 +17,13 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from dgc.core import Sparse
+from dgc.core import Sparse, SparseBatch
 from dgc.core.kernels import codec_reference
 from dgc.core.kernels.codec_reference import Body, Status
 from dgc.core.quantize import VALUE_BITS
 from dgc.errors import WireError
 from dgc.train import wire
-from dgc.train.frame import CHECKSUM_BYTES, read_frame
+from dgc.train.frame import CHECKSUM_BYTES, max_frame_bytes, read_frame
 
 ALLOCATION_FACTOR = 512
 """Bytes that decoding may allocate for each byte of a message, beside `ALLOCATION_FIXED`."""
@@ -38,12 +38,16 @@ def seal(message: bytes) -> bytes:
 
 
 def seeds(rng: np.random.Generator) -> list[bytes]:
-    """Valid messages of every width, of several tensors and densities."""
+    """Valid messages of every width and both codes, of several tensors and densities."""
     out = []
     for bits in VALUE_BITS:
         for density in (0.001, 0.02, 0.3, 1.0):
             tensors = [_sparse(rng, int(numel), density) for numel in rng.integers(1, 400, 4)]
             out.append(bytes(wire.encode(tensors, bits).tolist()))
+            batch = SparseBatch.cat(tensors)
+            size = max_frame_bytes(batch.numels, batch.counts, bits, rice=True)
+            message = wire.encode_rice(batch, bits, message_bytes=size)[0].numpy()
+            out.append(message[: read_frame(message, None)[0].message_bytes].tobytes())
     return out
 
 
@@ -113,7 +117,7 @@ def check_closely(data: bytes) -> None:
         body = Body(*(np.frombuffer(data[a:b], np.uint8) for a, b in bounds))
         ends = np.cumsum(np.array(header.numels, np.int64))
         status = codec_reference.decode(
-            body, header.num_values, ends, header.code, header.value_bits
+            body, header.num_values, ends, header.code, header.value_bits, header.rice
         )[-1]
         assert (status is Status.OK) == (verdict == "valid"), (status, verdict)
 

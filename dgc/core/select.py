@@ -98,12 +98,12 @@ class Selector(ABC):
         counts: Sequence[int],
         state: Tensor | None,
         seed: int = 0,
-    ) -> tuple[bool, SparseBatch]:
+    ) -> tuple[bool | Tensor, SparseBatch]:
         """`kernels.accumulate_`, then `select_`; overwrites `u`, `v` and `state`.
 
         Returns:
             True and the selection; or False and an empty one if a gradient is not finite: then
-            `u` and `v` are as they were.
+            `u` and `v` are as they were. On a GPU bool `[]` there, and the host need not wait.
         """
         finite = kernels.accumulate_(grads, u, v, layout, update, seed)
         wanted = counts if finite else [0] * len(counts)
@@ -135,7 +135,7 @@ class ExactTopK(Selector):
         counts: Sequence[int],
         state: Tensor | None,
         seed: int = 0,
-    ) -> tuple[bool, SparseBatch]:
+    ) -> tuple[bool | Tensor, SparseBatch]:
         return kernels.accumulate_select_(grads, u, v, layout, update, counts, state, seed)
 
 

@@ -34,6 +34,9 @@ class Sparse(NamedTuple):
 class SparseBatch(NamedTuple):
     """The `Sparse` of each of T tensors, end to end, so that one kernel call handles a bucket.
 
+    On a GPU some of the K may be unfilled slots, of index 0 and value 0: how many elements there are
+    is known on the device alone. `filled` leaves them out.
+
     Attributes:
         indices: int64 `[K]`, K = sum(counts); within each tensor's run ascending and local to it.
         values: float32 `[K]`.
@@ -60,6 +63,24 @@ class SparseBatch(NamedTuple):
             torch.cat([t.values for t in tensors]),
             tuple(t.indices.numel() for t in tensors),
             tuple(t.numel for t in tensors),
+        )
+
+    def filled(self) -> "SparseBatch":
+        """Without the elements of value 0; the host waits for a GPU.
+
+        Example:
+            >>> zeros = SparseBatch(torch.tensor([3, 0]), torch.tensor([1.0, 0.0]), (2,), (9,))
+            >>> zeros.filled().indices.tolist(), zeros.filled().counts
+            ([3], (1,))
+        """
+        held = (self.values != 0).cpu()
+        if bool(held.all()):
+            return self
+        owners = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
+        counts = torch.bincount(owners[held], minlength=len(self.counts)).tolist()
+        kept = held.nonzero().flatten().to(self.values.device)
+        return self._replace(
+            indices=self.indices[kept], values=self.values[kept], counts=tuple(counts)
         )
 
     def split(self) -> list[Sparse]:

@@ -16,6 +16,7 @@ from dgc.core.pack import (
     max_index_bytes,
 )
 from dgc.core.quantize import VALUE_BITS, check_value_bits, parameter_bytes
+from dgc.core.rice import MAX_LOW_BITS, rice_bytes
 from dgc.errors import ConfigError, WireError
 
 MAGIC = b"DGC"
@@ -24,7 +25,7 @@ MAX_MESSAGE_BYTES = (1 << 32) - 1
 
 FIXED_BYTES = 10
 CHECKSUM_BYTES = 4
-_WIDTH_MASK, _NOT_FINITE, _SOME_UNUSED = 0x07, 0x08, 0x10
+WIDTH_MASK, NOT_FINITE, SOME_UNUSED, RICE = 0x07, 0x08, 0x10, 0x20
 _MAX_VARINT_BYTES = 7
 
 Bytes = npt.NDArray[np.uint8]
@@ -40,7 +41,8 @@ class Header:
         value_bits: width of a value code.
         finite: False if its sender met a gradient that is not finite; then it carries no values.
         used: for each tensor, whether it had a gradient on the sender.
-        code: number of the gap code, 0 when there are no values.
+        code: number of the gap code, or the Rice code's low bits; 0 when there are no values.
+        rice: whether indices are Rice coded.
         message_bytes: length without padding.
     """
 
@@ -50,7 +52,13 @@ class Header:
     finite: bool
     used: tuple[bool, ...]
     code: int
+    rice: bool
     message_bytes: int
+
+    @property
+    def low_bits(self) -> int:
+        """How many low bits of a gap are stored as they are."""
+        return self.code if self.rice else gap_code(self.code).low_bits
 
 
 class Sections(NamedTuple):
@@ -63,7 +71,9 @@ class Sections(NamedTuple):
     end: int
 
 
-def max_frame_bytes(numels: Sequence[int], counts: Sequence[int], value_bits: int) -> int:
+def max_frame_bytes(
+    numels: Sequence[int], counts: Sequence[int], value_bits: int, rice: bool = False
+) -> int:
     """Bytes of a message of at most `counts` values; see `dgc.train.wire.max_message_bytes`."""
     check_value_bits(value_bits)
     for numel, count in zip(numels, counts, strict=True):
@@ -77,7 +87,7 @@ def max_frame_bytes(numels: Sequence[int], counts: Sequence[int], value_bits: in
         + len(varint(count))
         + len(numels) * parameter_bytes(value_bits) * (count > 0)
         + -(-count * value_bits // 8)
-        + max_index_bytes(total, count)
+        + (rice_bytes if rice else max_index_bytes)(total, count)
         + CHECKSUM_BYTES
     )
     if size > MAX_MESSAGE_BYTES:
@@ -96,16 +106,26 @@ def write_frame(
     body: Sequence[bytes],
 ) -> bytes:
     """A whole message, without padding."""
-    flags = VALUE_BITS.index(value_bits) | (0 if finite else _NOT_FINITE)
-    bitmap = b""
+    content = bytearray(frame_head(numels, value_bits, code, used))
+    content[4] |= 0 if finite else NOT_FINITE
+    content += b"".join((varint(count), *body))
+    content[6:FIXED_BYTES] = (len(content) + CHECKSUM_BYTES).to_bytes(4, "little")
+    return bytes(content) + zlib.crc32(content).to_bytes(4, "little")
+
+
+def frame_head(
+    numels: tuple[int, ...],
+    value_bits: int,
+    code: int,
+    used: Sequence[bool] | None,
+    rice: bool = False,
+) -> bytes:
+    """A message up to the number of values, for a finite gradient; its length is left zero."""
+    flags, bitmap = VALUE_BITS.index(value_bits) | (RICE if rice else 0), b""
     if used is not None and not all(used):
-        flags |= _SOME_UNUSED
+        flags |= SOME_UNUSED
         bitmap = np.packbits(np.array(used, bool), bitorder="little").tobytes()
-    rest = b"".join((_tables(numels), bitmap, varint(count), *body))
-    length = FIXED_BYTES + len(rest) + CHECKSUM_BYTES
-    fixed = MAGIC + bytes([VERSION, flags, code]) + length.to_bytes(4, "little")
-    content = fixed + rest
-    return content + zlib.crc32(content).to_bytes(4, "little")
+    return MAGIC + bytes([VERSION, flags, code, 0, 0, 0, 0]) + _tables(numels) + bitmap
 
 
 def read_frame(message: Bytes, numels: tuple[int, ...] | None) -> tuple[Header, Sections]:
@@ -121,14 +141,15 @@ def read_frame(message: Bytes, numels: tuple[int, ...] | None) -> tuple[Header, 
     found_numels, at = _read_tables(data, numels)
     used, at = _read_used(data, at, len(found_numels), flags)
     count, at = read_varint(data, at, "number of values")
-    finite = not flags & _NOT_FINITE
-    header = Header(
-        found_numels, count, VALUE_BITS[flags & _WIDTH_MASK], finite, used, code, length
-    )
+    finite = not flags & NOT_FINITE
+    rice, value_bits = bool(flags & RICE), VALUE_BITS[flags & WIDTH_MASK]
+    header = Header(found_numels, count, value_bits, finite, used, code, rice, length)
     if count > sum(found_numels):
         raise WireError(f"{count} values for tensors of {sum(found_numels)} elements in all")
     if count == 0 and code:
         raise WireError(f"gap code {code} in a message without values")
+    if rice and code > MAX_LOW_BITS:
+        raise WireError(f"a Rice code with {code} low bits: at most {MAX_LOW_BITS}")
     if count and not finite:
         raise WireError(f"{count} values in a message marked as not finite")
     return header, _sections(header, at, end)
@@ -158,7 +179,7 @@ def _read_fixed(message: Bytes) -> tuple[int, int, int]:
     if message[length:].any():
         raise WireError(f"bytes other than zero follow the message's {length} bytes")
     flags = head[4]
-    if flags & ~(_WIDTH_MASK | _NOT_FINITE | _SOME_UNUSED) or flags & _WIDTH_MASK == _WIDTH_MASK:
+    if flags & ~(WIDTH_MASK | NOT_FINITE | SOME_UNUSED | RICE) or flags & WIDTH_MASK == WIDTH_MASK:
         raise WireError(f"flags are {flags:#04x}: a bit or width that version {VERSION} has not")
     return length, flags, head[5]
 
@@ -187,7 +208,7 @@ def _read_tables(data: bytes, numels: tuple[int, ...] | None) -> tuple[tuple[int
 
 
 def _read_used(data: bytes, at: int, num_tensors: int, flags: int) -> tuple[tuple[bool, ...], int]:
-    if not flags & _SOME_UNUSED:
+    if not flags & SOME_UNUSED:
         return (True,) * num_tensors, at
     size = -(-num_tensors // 8)
     raw = np.frombuffer(data[at : at + size], np.uint8)
@@ -208,12 +229,13 @@ def _sections(header: Header, at: int, end: int) -> Sections:
             raise WireError(f"{end - at} bytes follow the tables of a message without values")
         return Sections(at, at, at, at, at)
     low = at + len(header.numels) * parameter_bytes(bits)
-    codes = low + -(-count * gap_code(header.code).low_bits // 8)
+    codes = low + -(-count * header.low_bits // 8)
     words = codes + -(-count * bits // 8)
-    if words + STATE_BYTES > end or (end - words) % 4:
+    least, step = (-(-count // 8), 1) if header.rice else (STATE_BYTES, 4)
+    if words + least > end or (end - words) % step:
         raise WireError(
             f"{end - at} bytes for {count} values of {bits} bits in {len(header.numels)} tensors: "
-            f"{words + STATE_BYTES - at} and a multiple of 4 beyond are needed"
+            f"{words + least - at} and a multiple of {step} beyond are needed"
         )
     return Sections(at, low, codes, words, end)
 

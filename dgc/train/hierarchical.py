@@ -133,7 +133,8 @@ class HierarchicalBucket(CompressedBucket):
             else (wire.encode_batch(empty, 1, message_bytes=64)[0], Sent(empty, none, None))
         )
         sizes = [
-            message_plan(self._numels(i), density, self.config)[1] for i in range(len(self.parts))
+            message_plan(self._numels(i), density, self.config, summed.device)[1]
+            for i in range(len(self.parts))
         ]
         return F.pad(message, (0, max(64, *sizes) - message.numel()))
 

@@ -52,7 +52,7 @@ class ReselectingBucket(CompressedBucket):
         self._batch = SparseBatch(empty.long(), empty, (0,) * len(used), self.layout.numels)
         finite, memory = False, self.memory
         if grads is not None:
-            finite, self._batch = self.config.selector.accumulate_select_(
+            found, batch = self.config.selector.accumulate_select_(
                 grads,
                 memory.u,
                 memory.v,
@@ -62,6 +62,7 @@ class ReselectingBucket(CompressedBucket):
                 memory.thresholds,
                 memory.seed(),
             )
+            finite, self._batch = bool(found), batch.filled()
         self._sent = Sent(SparseBatch(empty.long(), empty, (0,) * len(used), ()), empty, None)
         exponents, known = self._exponents() if finite else torch.zeros(2, len(used)).long()
         flags = torch.tensor([*used, not finite], dtype=torch.int64)
@@ -124,7 +125,7 @@ class ReselectingBucket(CompressedBucket):
     ) -> tuple[Tensor, Tensor]:
         """A message of places in a region, and its values as the receiver will see them."""
         numels, bits = (self.regions.region_numel,), self.config.value_bits
-        size = wire.max_message_bytes(numels, (room,), bits)
+        size = wire.max_message_bytes(numels, (room,), bits, values.device)
         batch = SparseBatch(places, values, (places.numel(),), numels)
         return wire.encode_batch(batch, bits, message_bytes=size, finite=finite)
 

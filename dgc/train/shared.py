@@ -40,10 +40,11 @@ class SharedBucket(CompressedBucket):
         memory, numels = self.memory, self.layout.numels
         density = density_at(step, self.config)
         counts = message_plan(numels, density, self.config)[0]
-        size = wire.max_message_bytes(numels, counts, _BITS)
         none = torch.zeros(0, device=memory.v.device)
+        size = wire.max_message_bytes(numels, counts, _BITS, none.device)
         self._sent = Sent(SparseBatch(none.long(), none, (0,) * len(used), numels), none, None)
-        self._flags, finite = torch.tensor([*used, False], dtype=torch.float32), False
+        self._flags = torch.tensor([*used, False], dtype=torch.float32)
+        finite: bool | Tensor = False
         if self.rank != self.pattern.root:
             if grads is not None:
                 finite = kernels.accumulate_(
@@ -57,9 +58,9 @@ class SharedBucket(CompressedBucket):
                     *(grads, memory.u, memory.v, self.layout, updates(rows), counts),
                     *(memory.thresholds, memory.seed()),
                 )
-            chosen = batch._replace(values=torch.ones_like(batch.values))
+            chosen = batch._replace(values=(batch.values != 0).float())
             message, _ = wire.encode_batch(chosen, _BITS, message_bytes=size, finite=finite)
-        self._flags[-1] = not finite
+        self._flags[-1] = not bool(finite)
         return message
 
     def _values(self, message: Tensor) -> Tensor | None:

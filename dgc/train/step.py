@@ -53,7 +53,8 @@ def send_(
         gradient is not finite, nothing enters and the message says so.
     """
     config: DGC = memory.config
-    counts, message_bytes = message_plan(memory.layout.numels, density, config)
+    device = memory.v.device
+    counts, message_bytes = message_plan(memory.layout.numels, density, config, device)
     with record_function("dgc::select"):
         finite, batch = config.selector.accumulate_select_(
             *(grads, memory.u, memory.v, memory.layout, update, counts),
@@ -71,18 +72,18 @@ def abstain(memory: Memory, density: float) -> tuple[Tensor, Sent]:
     numels, bits = memory.layout.numels, memory.config.value_bits
     none = torch.zeros(0, device=memory.v.device)
     batch = SparseBatch(none.long(), none, (0,) * len(numels), numels)
-    size = message_plan(numels, density, memory.config)[1]
+    size = message_plan(numels, density, memory.config, memory.v.device)[1]
     message, values = wire.encode_batch(batch, bits, message_bytes=size, finite=False)
     return message, Sent(batch, values, None)
 
 
 @lru_cache(maxsize=4096)
 def message_plan(
-    numels: tuple[int, ...], density: float, config: DGC
+    numels: tuple[int, ...], density: float, config: DGC, device: torch.device | None = None
 ) -> tuple[tuple[int, ...], int]:
     """How many elements of each tensor are sent, and the size of the message in bytes."""
     counts = tuple(num_selected(numel, density, config.min_selected) for numel in numels)
-    return counts, wire.max_message_bytes(numels, counts, config.value_bits)
+    return counts, wire.max_message_bytes(numels, counts, config.value_bits, device)
 
 
 class Arrival(NamedTuple):

@@ -15,9 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dgc.core import kernels
 from dgc.core.kernels.codec_reference import Body, Status
 from dgc.core.pack import choose_code
 from dgc.core.quantize import check_value_bits
+from dgc.core.rice import rice_code
 from dgc.core.sparse import Sparse, SparseBatch
 from dgc.errors import ConfigError, GradientError, WireError
 from dgc.train.frame import Header, max_frame_bytes, read_frame, write_frame
@@ -94,19 +96,26 @@ def decode(message: Tensor) -> list[Sparse]:
     return decode_batch(message).batch.split()
 
 
-def max_message_bytes(numels: Sequence[int], counts: Sequence[int], value_bits: int) -> int:
+def max_message_bytes(
+    numels: Sequence[int],
+    counts: Sequence[int],
+    value_bits: int,
+    device: torch.device | None = None,
+) -> int:
     """Bytes that a message of at most `counts` values takes at most, however they are spread.
 
     Args:
         numels: number of elements of each tensor.
         counts: the most values each can carry.
         value_bits: width of a value code.
+        device: where the values are, by default the CPU; a GPU's messages are 1 % larger.
 
     Example:
         >>> max_message_bytes([25_557_032], [25_558], 4) * 8 / 25_558  # doctest: +ELLIPSIS
         15.4393...
     """
-    return max_frame_bytes(numels, counts, value_bits)
+    rice = device is not None and kernels.codes_there(device)
+    return max_frame_bytes(numels, counts, value_bits, rice)
 
 
 def encode_batch(
@@ -114,24 +123,24 @@ def encode_batch(
     value_bits: int,
     *,
     message_bytes: int,
-    finite: bool = True,
+    finite: bool | Tensor = True,
     used: Sequence[bool] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One message of fixed size for a bucket.
 
     A batch with a value that is not finite, or `finite=False`, gives a message without values
-    that tells every receiver so.
+    that tells every receiver so. For a batch on a GPU see `encode_rice`.
 
     Args:
         batch: what to send.
         value_bits: width of a value code.
-        message_bytes: size to pad to, from `max_message_bytes`.
-        finite: False if a gradient of the bucket is not finite.
+        message_bytes: size to pad to, from `max_message_bytes` for the device of the batch.
+        finite: False if a gradient of the bucket is not finite; or bool `[]` on a GPU.
         used: for each tensor, whether it had a gradient; all by default.
 
     Returns:
         The message, uint8 `[message_bytes]`, and float32 `[K]` the values as every receiver will
-        decode them, bit for bit: what to subtract from the residual. Zeros if not finite.
+        decode them, bit for bit: what to subtract from the residual. Zeros if not sent.
 
     Raises:
         ConfigError: `value_bits` or the indices cannot be encoded, or `message_bytes` is too small.
@@ -142,12 +151,51 @@ def encode_batch(
         >>> message.numel(), values.tolist()
         (40, [-3.0])
     """
-    data, values, _ = _encode(batch, check_value_bits(value_bits), finite, used)
+    check_value_bits(value_bits)
+    if kernels.codes_there(batch.values.device) and _check_batch(batch, used):
+        return encode_rice(batch, value_bits, message_bytes=message_bytes, finite=finite, used=used)
+    data, values, _ = _encode(batch, value_bits, bool(finite), used)
     if len(data) > message_bytes:
         raise ConfigError(f"the message has {len(data)} bytes, message_bytes is {message_bytes}")
     padded = np.zeros(message_bytes, np.uint8)
     padded[: len(data)] = np.frombuffer(data, np.uint8)
     return _upload(padded, batch.values.device), _upload(values, batch.values.device)
+
+
+def encode_rice(
+    batch: SparseBatch,
+    value_bits: int,
+    *,
+    message_bytes: int,
+    finite: bool | Tensor = True,
+    used: Sequence[bool] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`encode_batch` of one value or more, by torch where the values are, for a GPU.
+
+    The host waits for nothing. Indices are not checked, and a slot of value 0 is not sent. Where the
+    indices exceed the room that `dgc.core.rice` gives them, as clusters may, the values that are
+    least in their tensor are not sent: 4 % at density 0.001.
+
+    Example:
+        >>> batch = SparseBatch.cat([Sparse(torch.tensor([7]), torch.tensor([-3.0]), 64)])
+        >>> message, values = encode_rice(batch, 4, message_bytes=40)
+        >>> decode(message)[0].indices.tolist(), values.tolist()
+        ([7], [-3.0])
+    """
+    from dgc.core.kernels import codec_torch
+    from dgc.train.assemble import assemble
+
+    if not isinstance(finite, Tensor):
+        finite = torch.full((), finite, device=batch.values.device)
+    numels, code = batch.numels, rice_code(sum(batch.numels), batch.values.numel())
+    least = max_frame_bytes(numels, batch.counts, value_bits, rice=True)
+    if least > message_bytes:
+        raise ConfigError(f"messages take up to {least} bytes, message_bytes is {message_bytes}")
+    coded = codec_torch.encode(batch, finite, code, value_bits)
+    message = assemble(
+        *(coded, finite, numels, code.low_bits, value_bits), message_bytes=message_bytes, used=used
+    )
+    return message, coded.values
 
 
 def _encode(
@@ -353,7 +401,7 @@ def _decode(message: Bytes, numels: tuple[int, ...] | None) -> _Decoded:
         return _Decoded(header, np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros_like(ends))
     body = Body(*(message[begin:end] for begin, end in pairwise(at)))
     positions, values, counts, status = codec_cpu.decode(
-        body, count, ends, header.code, header.value_bits
+        body, count, ends, header.code, header.value_bits, header.rice
     )
     if status is not Status.OK:
         raise WireError(f"{FINDINGS[status]}: the encoder that wrote it is at fault")

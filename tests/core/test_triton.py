@@ -10,22 +10,31 @@ SCRIPT = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from dgc.core.kernels import cuda
+from dgc.core.kernels import cuda, cuda_kernels
 
 
 def assembly(kernel, types, constants):
     names = [name for name in kernel.arg_names if name not in constants]
-    signature = {**dict.fromkeys(names, "*i64"), **types, **dict.fromkeys(constants, "constexpr")}
+    own = {name: kind for name, kind in types.items() if name in names}
+    signature = {**dict.fromkeys(names, "*i64"), **own, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(kernel, signature, constexprs=constants)
     options = {"enable_fp_fusion": False}
     return compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["ptx"]
 
 
-assembly(cuda._check, {}, {"BLOCK": cuda.BLOCK})
+block = {"BLOCK": cuda.BLOCK}
+assembly(cuda_kernels.check, {}, block)
+assembly(cuda_kernels.pick_digit, {}, {})
 for state, update, momentum in (("*fp32", True, True), ("*i16", True, True), ("*i16", False, False)):
     types = {"u": state, "v": state, "rows": "*fp32", "low": "*i32", "what": "*fp32", "seed": "i32"}
-    constants = {"UPDATE": update, "MOMENTUM": momentum, "BLOCK": cuda.BLOCK}
-    ptx = assembly(cuda._advance, types, constants)
+    constants = {"UPDATE": update, "MOMENTUM": momentum, **block}
+    ptx = assembly(cuda_kernels.advance, types, constants)
+    values = {"held": "*fp32", "sent": "*fp32", "count": "i32"}
+    ptx += assembly(cuda_kernels.subtract, types | values, {"MASKING": momentum, **block})
+    for shift in (24, 0):
+        assembly(cuda_kernels.count_digits, types, {"SHIFT": shift, **block})
+    assembly(cuda_kernels.count_ties, types, block)
+    ptx += assembly(cuda_kernels.collect, types, block)
     assert "fma." not in ptx, "fused multiply-adds round otherwise than the reference"
     assert ".ftz" not in ptx, "denormals are flushed"
 """

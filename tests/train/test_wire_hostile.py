@@ -54,7 +54,7 @@ HOSTILE = {
     "checksum": (altered(len(VALID) - 1, VALID[-1] ^ 1), "checksum"),
     "damage": (altered(20, VALID[20] ^ 1), "checksum"),
     "padding": (VALID + b"\0\1", "other than zero"),
-    "flag": (seal(altered(4, 0x23)), "flags are 0x23"),
+    "flag": (seal(altered(4, 0x43)), "flags are 0x43"),
     "width": (seal(altered(4, 7)), "flags are 0x07"),
     "no tables": (with_tables(b""), "number of tensors"),
     "endless varint": (with_tables(b"\xff" * 9), "number of tensors"),
@@ -114,6 +114,28 @@ HOSTILE_BODIES = {
 }
 
 
+RICE = 0x20
+
+
+def rice_body(unary: bytes, low: bytes = b"", code: int = 0) -> bytes:
+    """One value of one tensor of 5 elements."""
+    sections = b"\x80\x3f\x80\x3f" + low + b"\x00" + unary
+    return with_tables(b"\x01\x05\x01", sections, flags=3 | RICE, code=code)
+
+
+HOSTILE_BODIES |= {
+    "no one bit": (rice_body(b"\x00"), "ends before"),
+    "two one bits": (rice_body(b"\x03"), "goes on after"),
+    "a byte too many": (rice_body(b"\x01\x00"), "goes on after"),
+    "no quotients": (rice_body(b""), "6 and a multiple of 1 beyond"),
+    "outside by one": (rice_body(b"\x20"), "outside the tensors"),
+    "far outside": (rice_body(bytes(9) + b"\x80"), "outside the tensors"),
+    "low bits outside": (rice_body(b"\x01", b"\x05" + bytes(5), code=47), "outside the tensors"),
+    "low bits' fill": (rice_body(b"\x01", bytes(5) + b"\x80", code=47), "fill up a section"),
+    "too many low bits": (rice_body(b"\x01", bytes(6), code=48), "48 low bits: at most 47"),
+}
+
+
 @pytest.mark.parametrize("name", HOSTILE_BODIES)
 def test_hostile_bodies(name: str) -> None:
     data, text = HOSTILE_BODIES[name]
@@ -122,14 +144,15 @@ def test_hostile_bodies(name: str) -> None:
 
 
 def test_the_hostile_bodies_spoil_a_valid_one() -> None:
-    (found,) = wire.decode(tensor_of(body()))
-    assert (found.indices.tolist(), found.values.tolist()) == ([0], [1.0])
+    for valid in (body(), rice_body(b"\x01")):
+        (found,) = wire.decode(tensor_of(valid))
+        assert (found.indices.tolist(), found.values.tolist()) == ([0], [1.0])
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=80), st.booleans())
 def test_random_bytes(tail: bytes, sealed: bool) -> None:
-    check(with_tables(tail[1:], flags=tail[0] % 32, code=tail[-1]) if sealed and tail else tail)
+    check(with_tables(tail[1:], flags=tail[0] % 64, code=tail[-1]) if sealed and tail else tail)
 
 
 def test_mutated_messages() -> None:

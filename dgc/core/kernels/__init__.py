@@ -14,7 +14,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dgc.core.kernels.reference import add_
 from dgc.core.kernels.rounding import seed_of
 from dgc.core.layout import Layout
 from dgc.core.sparse import SparseBatch
@@ -23,6 +22,7 @@ __all__ = [
     "accumulate_",
     "accumulate_select_",
     "add_",
+    "codes_there",
     "release_",
     "seed_of",
     "select_",
@@ -43,6 +43,11 @@ def _for(device: torch.device) -> ModuleType:
     from dgc.core.kernels import reference
 
     return reference
+
+
+def codes_there(device: torch.device) -> bool:
+    """Whether messages are made on `device`, and not on the host."""
+    return device.type == "cuda"
 
 
 def _dense(grad: Tensor) -> Tensor:
@@ -102,6 +107,9 @@ def select_(
 ) -> SparseBatch:
     """The counts[t] largest magnitudes of each tensor t; of equal ones the first; never a zero.
 
+    On a GPU a selection has all counts[t] slots of each tensor, and a slot that is not filled has
+    the value 0; see `SparseBatch.filled`.
+
     Args:
         v: float32 or bfloat16 `[n]`, finite; the values selected are float32.
         layout: where each tensor lies in `v`.
@@ -126,17 +134,18 @@ def accumulate_select_(
     counts: Sequence[int],
     thresholds: Tensor | None,
     seed: int = 0,
-) -> tuple[bool, SparseBatch]:
+) -> tuple[bool | Tensor, SparseBatch]:
     """`accumulate_` and then `select_`, in one pass where `thresholds` allow it.
 
     Returns:
-        What `accumulate_` returns, and the selection: an empty one where that is False.
+        What `accumulate_` returns, on a GPU as bool `[]` there; and the selection: an empty one
+        where that is False.
     """
     dense = [_dense(grad) for grad in grads]
-    finite, batch = _for(v.device).accumulate_select_(
+    found: tuple[bool | Tensor, SparseBatch] = _for(v.device).accumulate_select_(
         dense, u, v, layout, update, tuple(counts), thresholds, seed
     )
-    return bool(finite), batch
+    return found
 
 
 def release_(
@@ -167,3 +176,21 @@ def release_(
         [4.0, 1.0]
     """
     _for(v.device).release_(u if masking else None, v, layout, batch, sent, seed)
+
+
+def add_(v: Tensor, places: Tensor, values: Tensor, seed: int = 0) -> None:
+    """v[places] ← v[places] + values; overwrites `v`.
+
+    Args:
+        v: float32 or bfloat16 `[n]`.
+        places: int64 `[K]`, all different where the value is not 0.
+        values: float32 `[K]`.
+        seed: of the rounding, in [0, 2^32).
+
+    Example:
+        >>> v = torch.tensor([4.0, 9.0])
+        >>> add_(v, torch.tensor([1]), torch.tensor([-8.0]))
+        >>> v.tolist()
+        [4.0, 1.0]
+    """
+    _for(v.device).add_(v, places, values, seed)

@@ -58,18 +58,25 @@ def encode(
 
 
 def decode(
-    body: Body, count: int, ends: Ints, code: int, value_bits: int
+    body: Body, count: int, ends: Ints, code: int, value_bits: int, rice: bool = False
 ) -> tuple[Ints, Floats, Ints, Status]:
     """As `codec_reference.decode`."""
     positions, values = np.empty(count, np.int64), np.empty(count, np.float32)
-    counts, gap = np.zeros(len(ends), np.int64), gap_code(code)
+    counts = np.zeros(len(ends), np.int64)
+    low_bits = code if rice else gap_code(code).low_bits
     parameters = np.zeros((len(ends), 2), np.int64)
     width = parameter_bytes(value_bits) // 2
     if width:
         parameters[:] = body.parameters.view("<u2").reshape(-1, width)[:, [0, -1]]
-    # Copied, because a section may begin at an odd address.
-    words = body.words.copy().view("<u4")
-    status = _decode_positions(body.low, words, gap.starts, gap.low_bits, ends, positions, counts)
+    most = int(ends[-1]) >> low_bits
+    if rice:
+        status = _decode_unary(body.words, most, positions)
+    else:
+        # Copied, because a section may begin at an odd address.
+        words = body.words.copy().view("<u4")
+        status = _decode_quotients(words, gap_code(code).starts, most, positions)
+    if status == OK:
+        status = _decode_positions(body.low, low_bits, ends, positions, counts)
     if status == OK:
         status = _decode_values(body.codes, parameters, counts, value_bits, values)
     return positions, values, counts, Status(status)
@@ -163,21 +170,17 @@ def _encode_quotients(quotients: Any, starts: Any, words: Any) -> Any:
 
 
 @kernel
-def _decode_positions(
-    low: Any, words: Any, starts: Any, low_bits: Any, ends: Any, positions: Any, counts: Any
-) -> Any:
-    """The inverse of `_encode_gaps` and `_encode_quotients`; counts is zero on entry."""
-    escape, total = np.int64(starts.size - 2), ends[ends.size - 1]
+def _decode_quotients(words: Any, starts: Any, most: Any, quotients: Any) -> Any:
+    """The inverse of `_encode_quotients`; a quotient above `most` is refused."""
+    escape = np.int64(starts.size - 2)
     symbols = np.empty(1 << PROBABILITY_BITS, np.uint8)
     for filled in range(escape + 1):
         symbols[starts[filled] : starts[filled + 1]] = filled
     state = np.int64(words[0]) << 32 | np.int64(words[1])
     if state < STATE_LOW:
         return STATE
-    used, at, t = 2, 0, 0
-    pending, held = np.int64(0), 0
-    position = np.int64(-1)
-    for j in range(positions.size):
+    used = 2
+    for j in range(quotients.size):
         symbol: Any = escape
         quotient = np.int64(0)
         while symbol == escape:
@@ -191,13 +194,46 @@ def _decode_positions(
                 state = state << 32 | np.int64(words[used])
                 used += 1
             quotient += symbol
-            if quotient > total >> low_bits:
+            if quotient > most:
                 return INDEX
+        quotients[j] = quotient
+    return LEFT_OVER if used < words.size or state != STATE_LOW else OK
+
+
+@kernel
+def _decode_unary(section: Any, most: Any, quotients: Any) -> Any:
+    """Zeros before each one bit. Example: bytes 9, 2 are 1 001 000001: 0, 2, 5."""
+    j, quotient = 0, np.int64(0)
+    for at in range(section.size):
+        byte = section[at]
+        for bit in range(8):
+            if byte >> bit & 1:
+                if j == quotients.size:
+                    return LEFT_OVER
+                if quotient > most:
+                    return INDEX
+                quotients[j] = quotient
+                quotient = np.int64(0)
+                j += 1
+            else:
+                quotient += 1
+    if j < quotients.size:
+        return EXHAUSTED
+    return LEFT_OVER if quotient >= 8 else OK
+
+
+@kernel
+def _decode_positions(low: Any, low_bits: Any, ends: Any, positions: Any, counts: Any) -> Any:
+    """Quotients become positions in place; the inverse of `_encode_gaps`; counts is zero on entry."""
+    total, at, t = ends[ends.size - 1], 0, 0
+    pending, held = np.int64(0), 0
+    position = np.int64(-1)
+    for j in range(positions.size):
         while held < low_bits:
             pending |= np.int64(low[at]) << held
             held += 8
             at += 1
-        position += (quotient << low_bits) + (pending & ((np.int64(1) << low_bits) - 1)) + 1
+        position += (positions[j] << low_bits) + (pending & ((np.int64(1) << low_bits) - 1)) + 1
         pending >>= low_bits
         held -= low_bits
         if position >= total:
@@ -206,8 +242,6 @@ def _decode_positions(
             t += 1
         counts[t] += 1
         positions[j] = position
-    if used < words.size or state != STATE_LOW:
-        return LEFT_OVER
     return FILL if pending != 0 else OK
 
 

@@ -8,6 +8,8 @@ least significant up, each section filled up to whole bytes with zeros:
     codes        K × value_bits bits         sign in the top bit, level below
     words        W × uint32                  the coder's state (high, low), then what it emitted
 
+Rice coded (`dgc.core.rice`), the last section is, for each gap in turn, its quotient in zero bits
+and a one bit.
 Positions are indices into the T tensors laid end to end; the gap of the first is itself.
 """
 
@@ -42,9 +44,9 @@ class Status(IntEnum):
     STATE = 3
     """The coder's first state is out of range."""
     EXHAUSTED = 4
-    """The words ended before the last index."""
+    """The last section ended before the last index."""
     LEFT_OVER = 5
-    """Words were left, or the coder's last state is not the one it starts from."""
+    """The last section goes on, or the coder's last state is not the one it starts from."""
     INDEX = 6
     """An index is not ascending or not inside its tensor."""
     FILL = 7
@@ -61,7 +63,13 @@ class Body(NamedTuple):
 
 
 def encode(
-    indices: Ints, values: Floats, counts: Ints, ends: Ints, code: int, value_bits: int
+    indices: Ints,
+    values: Floats,
+    counts: Ints,
+    ends: Ints,
+    code: int,
+    value_bits: int,
+    rice: bool = False,
 ) -> tuple[Body, Floats, Status]:
     """The body of a message, K ≥ 1, and float32 `[K]` what a receiver will make of its values.
 
@@ -70,8 +78,9 @@ def encode(
         values: `[K]`.
         counts: `[T]`.
         ends: `[T]`, cumulative numels.
-        code: number of the gap code.
+        code: number of the gap code; with `rice` how many low bits.
         value_bits: width of a value code.
+        rice: whether gaps are Rice coded.
     """
     owner = np.repeat(np.arange(len(counts)), counts)
     starts = np.concatenate([[0], ends[:-1]])
@@ -82,19 +91,20 @@ def encode(
         return empty, np.zeros(0, np.float32), Status.INDEX
     if not np.isfinite(values).all():
         return empty, np.zeros(0, np.float32), Status.VALUE
-    gap = gap_code(code)
+    low_bits = code if rice else gap_code(code).low_bits
+    quotients = [int(q) for q in gaps >> low_bits]
     parameters, codes = quantize(values, counts, value_bits)
     body = Body(
         parameters.astype("<u2").view(np.uint8).reshape(-1),
-        pack_bits(gaps & ((1 << gap.low_bits) - 1), gap.low_bits),
+        pack_bits(gaps & ((1 << low_bits) - 1), low_bits),
         pack_bits(codes, value_bits),
-        encode_quotients([int(q) for q in gaps >> gap.low_bits], gap.starts),
+        encode_unary(quotients) if rice else encode_quotients(quotients, gap_code(code).starts),
     )
     return body, dequantize(codes, parameters, counts, value_bits), Status.OK
 
 
 def decode(
-    body: Body, count: int, ends: Ints, code: int, value_bits: int
+    body: Body, count: int, ends: Ints, code: int, value_bits: int, rice: bool = False
 ) -> tuple[Ints, Floats, Ints, Status]:
     """Positions int64 `[K]`, values float32 `[K]` and counts int64 `[T]` of a body.
 
@@ -102,20 +112,23 @@ def decode(
     may be anything.
     """
     none = np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64)
-    gap = gap_code(code)
+    low_bits = code if rice else gap_code(code).low_bits
     parameters = body.parameters.view("<u2").astype(np.int64).reshape(len(ends), -1)
     if not _valid_parameters(parameters):
         return *none, Status.PARAMETER
-    low, low_fill = unpack_bits(body.low, count, gap.low_bits)
+    low, low_fill = unpack_bits(body.low, count, low_bits)
     codes, code_fill = unpack_bits(body.codes, count, value_bits)
     if low_fill or code_fill:
         return *none, Status.FILL
-    quotients, status = decode_quotients(body.words, count, gap.starts)
+    if rice:
+        quotients, status = decode_unary(body.words, count)
+    else:
+        quotients, status = decode_quotients(body.words, count, gap_code(code).starts)
     if status is not Status.OK:
         return *none, status
     position, positions = -1, []
     for quotient, bits in zip(quotients, low, strict=True):
-        position += (quotient << gap.low_bits) + int(bits) + 1
+        position += (quotient << low_bits) + int(bits) + 1
         positions.append(position)
     if position >= (ends[-1] if len(ends) else 0):
         return *none, Status.INDEX
@@ -144,6 +157,28 @@ def unpack_bits(section: Bytes, count: int, width: int) -> tuple[Ints, bool]:
     bits = np.unpackbits(section, bitorder="little").astype(np.int64)
     symbols = bits[: count * width].reshape(count, width) << np.arange(width, dtype=np.int64)
     return symbols.sum(axis=1), bool(bits[count * width :].any())
+
+
+def encode_unary(quotients: list[int]) -> Bytes:
+    """Zeros and a one for each quotient.
+
+    Example:
+        >>> encode_unary([0, 2, 5]).tolist()  # 1 001 000001, from the lowest bit up
+        [9, 2]
+    """
+    bits = np.zeros(sum(quotients) + len(quotients), np.uint8)
+    bits[np.cumsum(quotients) + np.arange(len(quotients))] = 1
+    return np.packbits(bits, bitorder="little")
+
+
+def decode_unary(section: Bytes, count: int) -> tuple[list[int], Status]:
+    """The inverse of `encode_unary`; the last byte must hold the last one bit."""
+    at = np.flatnonzero(np.unpackbits(section, bitorder="little"))
+    if len(at) != count:
+        return [], Status.EXHAUSTED if len(at) < count else Status.LEFT_OVER
+    finished = count == 0 or at[-1] // 8 + 1 == len(section)
+    quotients: list[int] = (np.diff(at, prepend=-1) - 1).tolist()
+    return quotients, Status.OK if finished else Status.LEFT_OVER
 
 
 def encode_quotients(quotients: list[int], starts: Ints) -> Bytes:

@@ -30,6 +30,8 @@ Bits = NDArray[np.int32]
 Floats = NDArray[np.float32]
 State = NDArray[np.float32] | NDArray[np.int16]
 
+add_ = reference.add_  # so few elements are not worth a loop
+
 MIN_PART = 1 << 14
 """Elements under which another thread costs more than it gives."""
 NO_FLOATS = np.empty(0, np.float32)

@@ -4,13 +4,13 @@ All sizes are known on the host; what depends on values stays on the device.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dgc.core.kernels import reference
 from dgc.core.layout import Layout
 from dgc.core.sparse import SparseBatch
 
@@ -24,18 +24,40 @@ def target(count: int) -> int:
     return 2 * count + 32
 
 
-class Candidates(NamedTuple):
-    """The elements that reached the thresholds of T tensors.
+class Wanted(NamedTuple):
+    """What is wanted of T tensors, and the buffers for their candidates; int64, on the device.
 
     Attributes:
-        places: int64 `[C]`, positions in the flat state; first all of tensor 0, in no order.
+        counts: how many of each tensor are selected, `[T]`.
+        aims: `target` of that, at most all, `[T]`.
+        capacities: candidates that each tensor's buffer holds, `[T]`.
+        starts: where each buffer begins, `[T]`.
+        edges: the same and the end of the last, `[T + 1]`.
+        owners: to which tensor each place of the buffers belongs, `[C]`.
+        total: C, on the host.
+    """
+
+    counts: Tensor
+    aims: Tensor
+    capacities: Tensor
+    starts: Tensor
+    edges: Tensor
+    owners: Tensor
+    total: int
+
+
+class Candidates(NamedTuple):
+    """The elements that reached the thresholds of T tensors, in the buffers of `Wanted`.
+
+    Attributes:
+        places: int64 `[C]`, positions in the flat state; each tensor's first, in no order.
         values: float32 `[C]`.
-        passed: how many of each tensor, length T.
+        passed: how many of each tensor, int64 `[T]`.
     """
 
     places: Tensor
     values: Tensor
-    passed: tuple[int, ...]
+    passed: Tensor
 
 
 def uploaded(numbers: Sequence[int], device: torch.device) -> Tensor:
@@ -43,87 +65,57 @@ def uploaded(numbers: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
 
 
-def runs(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:
-    """starts[t], starts[t] + 1, … lengths[t] of them, for all t; int64 on `device`.
-
-    Example:
-        >>> runs([5, 9], [2, 1], torch.device("cpu")).tolist()
-        [5, 6, 9]
-    """
-    shifts = [s - f for s, f in zip(starts, _firsts(lengths), strict=True)]
-    sizes, total = uploaded(lengths, device), sum(lengths)
-    shift = uploaded(shifts, device).repeat_interleave(sizes, output_size=total)
-    return torch.arange(total, device=device) + shift
-
-
-def trim(found: Candidates, layout: Layout, counts: Sequence[int]) -> tuple[SparseBatch, Tensor]:
+def trim(
+    found: Candidates, wanted: Wanted, layout: Layout, counts: tuple[int, ...]
+) -> tuple[SparseBatch, Tensor]:
     """The counts[t] largest candidates of each tensor, of equal ones the first.
 
     Returns:
-        The selection; and the magnitudes of all candidates, each tensor's from large to small.
+        The selection, counts[t] slots of each tensor; and the magnitudes of all candidates, each
+        tensor's in its buffer from large to small, then zeros.
     """
-    device, passed = found.places.device, found.passed
-    owners = torch.arange(len(passed), device=device)
-    owners = owners.repeat_interleave(uploaded(passed, device), output_size=sum(passed))
-    places, order = found.places.sort()
-    values = found.values[order]
-    bits = values.view(torch.int32) & MAGNITUDE
-    ranked = ((owners << 31) | (MAGNITUDE - bits.long())).argsort(stable=True)
-    firsts = _firsts(passed)
-    kept = [min(k, n) for k, n in zip(counts, passed, strict=True)]
-    chosen = ranked[runs(firsts, kept, device)].sort().values
-    indices = places[chosen] - layout.table[owners[chosen]]
-    batch = SparseBatch(indices, values[chosen], tuple(kept), layout.numels)
-    return batch, values.abs()[ranked]
+    device, owners = found.places.device, wanted.owners
+    filled = torch.arange(wanted.total, device=device) - wanted.starts[owners]
+    filled = filled < found.passed[owners]
+    ends = layout.table[owners + 1]
+    places, order = torch.where(filled, found.places, ends).sort(stable=True)
+    owners, filled = owners[order], filled[order]
+    values = found.values[order].where(filled, 0.0)
+    bits = (values.view(torch.int32) & MAGNITUDE).long()
+    ranked = ((owners << 31) | (MAGNITUDE - bits)).argsort(stable=True)
+    chosen = ranked[_leading(counts, layout.numels, device)]
+    # Behind its tensor's elements, before those of the next.
+    key = torch.where(filled[chosen], 2 * places[chosen] + 1, 2 * layout.table[owners[chosen] + 1])
+    chosen = chosen[key.argsort(stable=True)]
+    indices = (places[chosen] - layout.table[owners[chosen]]).where(filled[chosen], 0)
+    return SparseBatch(indices, values[chosen], counts, layout.numels), values.abs()[ranked]
+
+
+@lru_cache(maxsize=1024)
+def _leading(counts: tuple[int, ...], numels: tuple[int, ...], device: torch.device) -> Tensor:
+    """The first counts[t] places of each tensor's buffer, int64 `[K]`."""
+    rooms = [min(numel, 4 * target(k)) if k else 0 for k, numel in zip(counts, numels, strict=True)]
+    firsts = list(accumulate(rooms, initial=0))
+    runs = [torch.arange(first, first + k) for first, k in zip(firsts, counts, strict=False)]
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *runs]).to(device)
 
 
 def remember_(
-    thresholds: Tensor, ranked: Tensor, passed: Sequence[int], counts: Sequence[int]
+    thresholds: Tensor, ranked: Tensor, passed: Tensor, wanted: Wanted, finite: Tensor
 ) -> None:
     """thresholds[t] ← what about target(counts[t]) elements of tensor t will reach next time.
 
     Args:
         thresholds: float32 `[T]`, overwritten.
         ranked: magnitudes of the candidates, as `trim` gives them.
-        passed: how many of each tensor.
-        counts: how many of each tensor were wanted; 0 leaves its threshold.
+        passed: how many of each tensor, int64 `[T]`.
+        wanted: a count of 0 leaves the threshold.
+        finite: bool `[]`; False leaves all.
     """
-    wanted = [t for t, (k, n) in enumerate(zip(counts, passed, strict=True)) if k and n >= k]
-    aims = [min(target(counts[t]), passed[t]) for t in wanted]
-    firsts = _firsts(passed)
-    device = ranked.device
-    at = uploaded([firsts[t] + aim - 1 for t, aim in zip(wanted, aims, strict=True)], device)
+    known = passed.minimum(wanted.capacities)
+    at = wanted.starts + (2 * wanted.counts + 32).minimum(known) - 1
     # With fewer candidates than aimed at the next threshold is a little lower than the last.
-    enough = uploaded(
-        [aim == target(counts[t]) for t, aim in zip(wanted, aims, strict=True)], device
-    )
-    scale = torch.where(enough > 0, 1.0, 0.98)
-    thresholds[uploaded(wanted, device)] = ranked[at] * scale
-    few = [t for t, (k, n) in enumerate(zip(counts, passed, strict=True)) if k and n < k]
-    thresholds[uploaded(few, device)] = EVERYTHING
-
-
-def _firsts(sizes: Sequence[int]) -> list[int]:
-    return list(accumulate(sizes, initial=0))[:-1]
-
-
-def replace(
-    batch: SparseBatch, v: Tensor, layout: Layout, counts: Sequence[int], tensors: Sequence[int]
-) -> SparseBatch:
-    """`batch` with `tensors` selected by `reference` instead; this is read by the host."""
-    parts = batch.split()
-    for t in tensors:
-        flat = v[layout.offsets[t] : layout.offsets[t + 1]]
-        alone = Layout.of([flat.numel()], v.device)
-        parts[t] = reference.select_(flat, alone, [counts[t]], None).split()[0]
-    return SparseBatch.cat(parts)
-
-
-def restart_(
-    thresholds: Tensor, v: Tensor, layout: Layout, counts: Sequence[int], tensors: Sequence[int]
-) -> None:
-    """thresholds[t] ← what target(counts[t]) elements of `v` reach now, for t in `tensors`."""
-    for t in tensors:
-        flat = v[layout.offsets[t] : layout.offsets[t + 1]]
-        aim = min(target(counts[t]), flat.numel())
-        thresholds[t] = torch.topk(flat.abs(), aim).values[-1].clamp(min=EVERYTHING)
+    scale = torch.where(known >= 2 * wanted.counts + 32, 1.0, 0.98)
+    found = ranked[at.clamp(0, ranked.numel() - 1)] * scale
+    found = found.clamp(min=EVERYTHING).where(known >= wanted.counts, EVERYTHING)
+    thresholds.copy_(found.where((wanted.counts > 0) & finite, thresholds))

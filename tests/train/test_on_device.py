@@ -1,0 +1,207 @@
+"""Messages made where the values are, and the whole step with them, on the CPU."""
+
+import zlib
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import dgc
+from dgc.core import Sparse, SparseBatch
+from dgc.core.kernels import codec_reference
+from dgc.core.kernels.codec_reference import Body
+from dgc.core.quantize import VALUE_BITS
+from dgc.core.rice import rice_code
+from dgc.errors import ConfigError
+from dgc.train import wire
+from dgc.train.assemble import crc32
+from dgc.train.frame import read_frame
+from dgc.train.step import message_plan
+from tests.core.on_device import use_device_path
+from tests.threads import ThreadCommunicator, run_ranks
+from tests.workers import Toy, flat, gradients, train, wrap
+
+CPU = torch.device("cpu")
+reused = settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@pytest.fixture(autouse=True)
+def device_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    message_plan.cache_clear()  # sizes depend on the device
+    use_device_path(monkeypatch)
+    yield
+    message_plan.cache_clear()
+
+
+def sent(
+    batch: SparseBatch, bits: int, finite: bool = True, used: list[bool] | None = None
+) -> tuple[Tensor, Tensor]:
+    size = wire.max_message_bytes(batch.numels, batch.counts, bits, CPU)
+    options: dict[str, Any] = {"message_bytes": size, "used": used}
+    message, values = wire.encode_batch(batch, bits, finite=torch.tensor(finite), **options)
+    assert message.numel() == size
+    return message, values
+
+
+def same(found: SparseBatch, expected: SparseBatch) -> bool:
+    bits = [batch.values.view(torch.int32) for batch in (found, expected)]
+    indices = torch.equal(found.indices, expected.indices)
+    return indices and torch.equal(*bits) and found.counts == expected.counts
+
+
+@st.composite
+def batches(draw: Any) -> SparseBatch:
+    """Slots of which some are unfilled, values of any size."""
+    tensors = []
+    for numel in draw(st.lists(st.integers(1, 200), min_size=1, max_size=6)):
+        chosen = sorted(draw(st.sets(st.integers(0, numel - 1), max_size=numel)))
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 30)))
+        values = torch.randn(len(chosen), generator=generator)
+        values *= 10.0 ** draw(st.integers(-40, 30))
+        empty = torch.rand(len(chosen), generator=generator) < draw(st.sampled_from([0, 0, 0.3, 1]))
+        indices = torch.tensor(chosen, dtype=torch.int64).masked_fill(empty, 0)
+        tensors.append(Sparse(indices, values.masked_fill(empty, 0), numel))
+    return SparseBatch.cat([*tensors, Sparse(torch.tensor([3]), torch.tensor([-2.0]), 10)])
+
+
+@reused
+@given(batches(), st.sampled_from(VALUE_BITS), st.data())
+def test_the_sender_knows_what_arrives(batch: SparseBatch, bits: int, data: st.DataObject) -> None:
+    used = data.draw(st.lists(st.booleans(), min_size=len(batch.counts), max_size=7))
+    used = (used + [True] * 7)[: len(batch.counts)]
+    message, values = sent(batch, bits, used=used)
+    found = wire.decode_batch(message, batch.numels)
+    filled = batch.filled()
+    arrived = values[batch.values != 0]
+    assert same(found.batch, filled._replace(values=arrived))
+    assert (found.finite, found.used) == (True, tuple(used))
+    assert torch.equal(torch.signbit(arrived), torch.signbit(filled.values))
+    assert not bool(values[batch.values == 0].any())
+    if bits == 32:
+        assert torch.equal(arrived, filled.values)
+
+
+@reused
+@given(batches(), st.sampled_from(VALUE_BITS))
+def test_the_reference_reads_the_same(batch: SparseBatch, bits: int) -> None:
+    message, _ = sent(batch, bits)
+    header, at = read_frame(message.numpy(), None)
+    body = Body(*(message.numpy()[a:b] for a, b in pairwise(at)))
+    ends = torch.tensor(batch.numels).cumsum(0).numpy()
+    positions, values, counts, status = codec_reference.decode(
+        body, header.num_values, ends, header.code, bits, rice=header.rice
+    )
+    read = wire.decode_batch(message).batch
+    starts = torch.tensor([0, *ends[:-1].tolist()]).repeat_interleave(torch.tensor(read.counts))
+    assert status is codec_reference.Status.OK
+    assert positions.tolist() == (read.indices + starts).tolist()
+    assert values.tobytes() == read.values.numpy().tobytes()
+    assert counts.tolist() == list(read.counts)
+
+
+def laplace(count: int, seed: int) -> Tensor:
+    drawn = torch.rand(count, generator=torch.Generator().manual_seed(seed)) - 0.5
+    return drawn.sign() * (7 - (1 - 2 * drawn.abs()).log())
+
+
+def drawn(numel: int, count: int) -> SparseBatch:
+    order = torch.randperm(numel, generator=torch.Generator().manual_seed(count))
+    return SparseBatch(order[:count].sort().values, laplace(count, 0), (count,), (numel,))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_levels_are_no_worse_than_the_search_on_the_host(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = drawn(100_000, 1000)
+    values = sent(batch, bits)[1]
+    monkeypatch.undo()
+    size = wire.max_message_bytes(batch.numels, batch.counts, bits)
+    host = wire.encode_batch(batch, bits, message_bytes=size)[1]
+    errors = [(each - batch.values).square().sum() for each in (values, host)]
+    assert errors[0] <= 1.03 * errors[1]
+
+
+@pytest.mark.parametrize(
+    ("density", "limit"), [(0.001, 15.6), (0.0001, 19.0), (0.01, 12.3)], ids=str
+)
+def test_bits_a_value(density: float, limit: float) -> None:
+    """Of the padded message, 4 bits a value, in 25,557,032 elements."""
+    count = int(25_557_032 * density)
+    assert wire.max_message_bytes([25_557_032], [count], 4, CPU) * 8 / count <= limit
+
+
+@pytest.mark.parametrize("kind", ["rows", "end", "even"])
+def test_what_has_no_room_stays(kind: str) -> None:
+    """Clusters: the least values are not sent, and the sender is told so."""
+    numel, count, j = 1_000_000, 1000, torch.arange(1000)
+    indices = {"rows": j % 100 + j // 100 * 100_000, "end": j + numel - count, "even": j * 1000}
+    batch = SparseBatch(indices[kind], laplace(count, 1), (count,), (numel,))
+    message, values = sent(batch, 4)
+    found = wire.decode_batch(message).batch
+    kept = values != 0
+    assert found.values.tolist() == values[kept].tolist()
+    assert found.indices.tolist() == batch.indices[kept].tolist()
+    least = rice_code(numel, count).fewer
+    assert int(kept.sum()) == (count if kind == "even" else least)
+    magnitude = batch.values.abs()
+    assert kind == "even" or magnitude[kept].min() >= magnitude[~kept].max()
+
+
+@pytest.mark.parametrize("bits", VALUE_BITS)
+def test_a_gradient_that_is_not_finite(bits: int) -> None:
+    message, values = sent(drawn(1000, 20), bits, finite=False)
+    found = wire.decode_batch(message, (1000,))
+    assert not found.finite
+    assert found.batch.counts == (0,)
+    assert not bool(values.any())
+
+
+def test_a_message_that_could_have_no_room_is_refused() -> None:
+    with pytest.raises(ConfigError, match="message_bytes is 30"):
+        wire.encode_batch(drawn(1000, 20), 4, message_bytes=30)
+
+
+@pytest.mark.parametrize("size", [4, 5, 255, 256, 257, 1000, 5000])
+def test_checksum(size: int) -> None:
+    data = torch.randint(256, (5000,), generator=torch.Generator().manual_seed(size)).byte()
+    assert int(crc32(data, torch.tensor(size))) == zlib.crc32(bytes(data[:size].tolist()))
+
+
+PATTERNS = [("all-gather", 1), ("shared-indices", 1), ("re-selecting", 1), ("hierarchical", 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("pattern", "per_host"), PATTERNS)
+def test_training_equals_the_host_path(
+    pattern: str, per_host: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 32-bit values to the bit; a step without finite gradients is skipped by all."""
+    config = dgc.DGC(density=0.1, min_selected=2, value_bits=32, pattern=pattern, state_dtype=dtype)
+
+    def found(step: int, rank: int) -> list[Tensor]:
+        drawn = gradients(step, rank)
+        if (step, rank) == (3, 1):
+            drawn[0][1, 2] = torch.inf
+        return [grad * (rank != 0 or step < 5) for grad in drawn]  # rank 0 runs out of non-zeros
+
+    def body(comm: ThreadCommunicator) -> Tensor:
+        model = Toy()
+        train(model, wrap(model, config, comm, {"lr": 0.1, "momentum": 0.5}), range(12), found)
+        return flat(model)
+
+    there = run_ranks(4, body, per_host)[0]
+    monkeypatch.undo()
+    message_plan.cache_clear()
+    here = run_ranks(4, body, per_host)[0]
+    assert bool(here.isfinite().all())
+    assert torch.equal(there, here)
