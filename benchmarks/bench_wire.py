@@ -23,6 +23,7 @@ from dgc.core import Sparse, SparseBatch, num_selected, select_topk
 from dgc.core.kernels.codec_reference import dequantize, quantize
 from dgc.core.quantize import VALUE_BITS
 from dgc.train import wire
+from dgc.train.assemble import encode_rice
 from dgc.train.frame import max_frame_bytes, read_frame
 
 NUMEL = 25_557_032
@@ -47,7 +48,7 @@ def batch_of(gradient: Tensor, numels: Sequence[int], density: float) -> SparseB
 def rice_bytes(batch: SparseBatch, value_bits: int) -> tuple[int, int]:
     """The message as a GPU makes it: its own bytes, and those with padding."""
     size = max_frame_bytes(batch.numels, batch.counts, value_bits, rice=True)
-    message, values = wire.encode_rice(batch, value_bits, message_bytes=size)
+    message, values = encode_rice(batch, value_bits, message_bytes=size)
     assert bool((values != 0).all()), "a value had no room"
     return read_frame(message.numpy(), None)[0].message_bytes, size
 

@@ -23,6 +23,7 @@ from dgc.core.kernels.codec_reference import Body, Status
 from dgc.core.quantize import VALUE_BITS
 from dgc.errors import WireError
 from dgc.train import wire
+from dgc.train.assemble import encode_rice
 from dgc.train.frame import CHECKSUM_BYTES, max_frame_bytes, read_frame
 
 ALLOCATION_FACTOR = 512
@@ -46,7 +47,7 @@ def seeds(rng: np.random.Generator) -> list[bytes]:
             out.append(bytes(wire.encode(tensors, bits).tolist()))
             batch = SparseBatch.cat(tensors)
             size = max_frame_bytes(batch.numels, batch.counts, bits, rice=True)
-            message = wire.encode_rice(batch, bits, message_bytes=size)[0].numpy()
+            message = encode_rice(batch, bits, message_bytes=size)[0].numpy()
             out.append(message[: read_frame(message, None)[0].message_bytes].tobytes())
     return out
 

@@ -1,4 +1,4 @@
-"""A message put together where its parts are, by torch: for a GPU, whose host waits for nothing.
+"""A message made where the values are, by torch: for a GPU, whose host waits for nothing.
 
 The layout is that of docs/wire.md, `frame.write_frame` writes it on the host. How many values there
 are, and so where each section begins, is known on the device alone.
@@ -12,13 +12,50 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dgc.core.kernels import codec_torch
 from dgc.core.kernels.codec_torch import Coded, Section
-from dgc.train.frame import CHECKSUM_BYTES, FIXED_BYTES, NOT_FINITE, frame_head
+from dgc.core.rice import rice_code
+from dgc.core.sparse import SparseBatch
+from dgc.errors import ConfigError
+from dgc.train.frame import CHECKSUM_BYTES, FIXED_BYTES, NOT_FINITE, frame_head, max_frame_bytes
 
 _VARINT_BYTES = 5
 """Of the number of values, which is below 2^32."""
 _RUN = 256
 """Bytes whose checksum is taken by one look-up each."""
+
+
+def encode_rice(
+    batch: SparseBatch,
+    value_bits: int,
+    *,
+    message_bytes: int,
+    finite: bool | Tensor = True,
+    used: Sequence[bool] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`wire.encode_batch` of one value or more, by torch where the values are, for a GPU.
+
+    The host waits for nothing. Indices are not checked, and a slot of value 0 is not sent. Where the
+    indices exceed the room that `dgc.core.rice` gives them, as clusters may, the values that are
+    least in their tensor are not sent: 4 % at density 0.001.
+
+    Example:
+        >>> batch = SparseBatch(torch.tensor([7]), torch.tensor([-3.0]), (1,), (64,))
+        >>> message, values = encode_rice(batch, 4, message_bytes=40)
+        >>> message.numel(), values.tolist()
+        (40, [-3.0])
+    """
+    if not isinstance(finite, Tensor):
+        finite = torch.full((), finite, device=batch.values.device)
+    numels, code = batch.numels, rice_code(sum(batch.numels), batch.values.numel())
+    least = max_frame_bytes(numels, batch.counts, value_bits, rice=True)
+    if least > message_bytes:
+        raise ConfigError(f"messages take up to {least} bytes, message_bytes is {message_bytes}")
+    coded = codec_torch.encode(batch, finite, code, value_bits)
+    message = assemble(
+        *(coded, finite, numels, code.low_bits, value_bits), message_bytes=message_bytes, used=used
+    )
+    return message, coded.values
 
 
 def assemble(
@@ -31,7 +68,7 @@ def assemble(
     message_bytes: int,
     used: Sequence[bool] | None = None,
 ) -> Tensor:
-    """The message, uint8 `[message_bytes]`, padded with zeros; see `wire.encode_batch`.
+    """The message, uint8 `[message_bytes]`, padded with zeros.
 
     Args:
         coded: the body; nothing of it is sent if not `finite`.

@@ -19,9 +19,9 @@ from dgc.core import kernels
 from dgc.core.kernels.codec_reference import Body, Status
 from dgc.core.pack import choose_code
 from dgc.core.quantize import check_value_bits
-from dgc.core.rice import rice_code
 from dgc.core.sparse import Sparse, SparseBatch
 from dgc.errors import ConfigError, GradientError, WireError
+from dgc.train.assemble import encode_rice
 from dgc.train.frame import Header, max_frame_bytes, read_frame, write_frame
 
 Bytes = npt.NDArray[np.uint8]
@@ -129,7 +129,7 @@ def encode_batch(
     """One message of fixed size for a bucket.
 
     A batch with a value that is not finite, or `finite=False`, gives a message without values
-    that tells every receiver so. For a batch on a GPU see `encode_rice`.
+    that tells every receiver so. For a batch on a GPU see `assemble.encode_rice`.
 
     Args:
         batch: what to send.
@@ -160,42 +160,6 @@ def encode_batch(
     padded = np.zeros(message_bytes, np.uint8)
     padded[: len(data)] = np.frombuffer(data, np.uint8)
     return _upload(padded, batch.values.device), _upload(values, batch.values.device)
-
-
-def encode_rice(
-    batch: SparseBatch,
-    value_bits: int,
-    *,
-    message_bytes: int,
-    finite: bool | Tensor = True,
-    used: Sequence[bool] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`encode_batch` of one value or more, by torch where the values are, for a GPU.
-
-    The host waits for nothing. Indices are not checked, and a slot of value 0 is not sent. Where the
-    indices exceed the room that `dgc.core.rice` gives them, as clusters may, the values that are
-    least in their tensor are not sent: 4 % at density 0.001.
-
-    Example:
-        >>> batch = SparseBatch.cat([Sparse(torch.tensor([7]), torch.tensor([-3.0]), 64)])
-        >>> message, values = encode_rice(batch, 4, message_bytes=40)
-        >>> decode(message)[0].indices.tolist(), values.tolist()
-        ([7], [-3.0])
-    """
-    from dgc.core.kernels import codec_torch
-    from dgc.train.assemble import assemble
-
-    if not isinstance(finite, Tensor):
-        finite = torch.full((), finite, device=batch.values.device)
-    numels, code = batch.numels, rice_code(sum(batch.numels), batch.values.numel())
-    least = max_frame_bytes(numels, batch.counts, value_bits, rice=True)
-    if least > message_bytes:
-        raise ConfigError(f"messages take up to {least} bytes, message_bytes is {message_bytes}")
-    coded = codec_torch.encode(batch, finite, code, value_bits)
-    message = assemble(
-        *(coded, finite, numels, code.low_bits, value_bits), message_bytes=message_bytes, used=used
-    )
-    return message, coded.values
 
 
 def _encode(
