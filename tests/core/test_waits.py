@@ -21,9 +21,9 @@ NUMELS = (3, 5000, 70, 9000)
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     use_device_path(monkeypatch)
-    from dgc.core.kernels import codec_torch, cuda, cuda_trim
+    from dgc.core.kernels import codec_torch, cuda
 
-    caches = (cuda._blocks, cuda._wanted, cuda_trim._leading, codec_torch._slots)
+    caches = (cuda._blocks, cuda._wanted, codec_torch._table)
     for cached in (*caches, assemble._checksum_tables):  # what other tests have made is not marked
         cached.cache_clear()
     with Waits() as mode:

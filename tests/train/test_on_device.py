@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -10,18 +10,22 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import dgc
 from dgc.core import Sparse, SparseBatch
 from dgc.core.kernels import codec_reference
 from dgc.core.kernels.codec_reference import Body
+from dgc.core.layout import Layout
 from dgc.core.quantize import VALUE_BITS
 from dgc.core.rice import rice_code
 from dgc.errors import ConfigError
 from dgc.train import wire
 from dgc.train.assemble import crc32
+from dgc.train.bucket import Row, updates
 from dgc.train.frame import read_frame
-from dgc.train.step import message_plan
+from dgc.train.memory import Memory
+from dgc.train.step import message_plan, send_
 from tests.core.on_device import use_device_path
 from tests.threads import ThreadCommunicator, run_ranks
 from tests.workers import Toy, flat, gradients, train, wrap
@@ -175,6 +179,19 @@ def test_a_message_that_could_have_no_room_is_refused() -> None:
 def test_checksum(size: int) -> None:
     data = torch.randint(256, (5000,), generator=torch.Generator().manual_seed(size)).byte()
     assert int(crc32(data, torch.tensor(size))) == zlib.crc32(bytes(data[:size].tolist()))
+
+
+def test_memory_beside_the_state_stays_under_a_twentieth() -> None:
+    numel = 1_000_000
+    memory = Memory(Layout.of([numel]), dgc.DGC())
+    for step in range(3):  # the first steps know no threshold
+        grads = [torch.randn(numel, generator=torch.Generator().manual_seed(step))]
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            send_(memory, grads, updates([Row()]), 0.001, [True])
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    assert 0 < max(accumulate(changes)) <= 0.05 * 8 * numel
 
 
 PATTERNS = [("all-gather", 1), ("shared-indices", 1), ("re-selecting", 1), ("hierarchical", 2)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dgc.core.kernels import codec_torch_fit as fit
+from dgc.core.kernels.cuda_trim import owners_of
 from dgc.core.quantize import parameter_bytes
 from dgc.core.rice import RiceCode, most_bits
 from dgc.core.sparse import SparseBatch
@@ -59,16 +60,24 @@ class _Slots(NamedTuple):
     firsts: Tensor
     fewer: Tensor
 
+    @classmethod
+    def of(cls, batch: SparseBatch, fewer: int) -> "_Slots":
+        """Those of a batch of which `fewer` values can be sent in all."""
+        total = sum(batch.counts)
+        table = _table(batch.counts, batch.numels, fewer, batch.values.device)
+        owners = owners_of(table[0], total)
+        starts, firsts, share = table[1:, owners]
+        return cls(owners, starts, firsts, share)
 
-@lru_cache(maxsize=256)
-def _slots(
+
+@lru_cache(maxsize=1024)
+def _table(
     counts: tuple[int, ...], numels: tuple[int, ...], fewer: int, device: torch.device
-) -> _Slots:
-    each, total = torch.tensor(counts, dtype=torch.int64), max(1, sum(counts))
-    owners = torch.arange(len(counts)).repeat_interleave(each)
-    sizes = torch.tensor(numels, dtype=torch.int64)
-    rows = (sizes.cumsum(0) - sizes, each.cumsum(0) - each, each * fewer // total)
-    return _Slots(owners.to(device), *(row[owners].to(device) for row in rows))
+) -> Tensor:
+    """By tensor: how many slots; where it begins, its first slot, its share of `fewer`; `[4, T]`."""
+    each, sizes = torch.tensor([counts, numels], dtype=torch.int64)
+    rows = (each, sizes.cumsum(0) - sizes, each.cumsum(0) - each, each * fewer // sum(counts))
+    return torch.stack(rows).to(device)
 
 
 def encode(batch: SparseBatch, finite: Tensor, code: RiceCode, value_bits: int) -> Coded:
@@ -80,7 +89,7 @@ def encode(batch: SparseBatch, finite: Tensor, code: RiceCode, value_bits: int) 
         code: made for the elements and the slots of the batch. Where the indices exceed its room,
             the largest `code.fewer` values are sent: of each tensor its share.
     """
-    slots = _slots(batch.counts, batch.numels, code.fewer, batch.values.device)
+    slots = _Slots.of(batch, code.fewer)
     magnitude = batch.values.view(torch.int32).long() & fit.MAGNITUDE
     places = batch.indices + slots.starts
     held = (magnitude > 0) & finite

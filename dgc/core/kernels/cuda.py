@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dgc.core.kernels import cuda_kernels as triton_kernels
 from dgc.core.kernels import reference
-from dgc.core.kernels.cuda_trim import Candidates, Wanted, remember_, target, trim, uploaded
+from dgc.core.kernels.cuda_trim import Candidates, Wanted, remember_, room, target, trim, uploaded
 from dgc.core.layout import Layout
 from dgc.core.sparse import SparseBatch
 
@@ -60,14 +60,13 @@ def _blocks(numels: tuple[int, ...], device: torch.device) -> _Blocks:
 @lru_cache(maxsize=1024)
 def _wanted(counts: tuple[int, ...], numels: tuple[int, ...], device: torch.device) -> Wanted:
     each = list(zip(counts, numels, strict=True))
-    capacities = [min(numel, 4 * target(k)) if k else 0 for k, numel in each]
+    capacities = [room(k, numel) for k, numel in each]
     aims = [min(target(k), numel) for k, numel in each]
     *starts, total = accumulate(capacities, initial=0)
     rows = torch.tensor([counts, aims, capacities, starts], dtype=torch.int64).view(4, -1)
     edges = torch.tensor([*starts, total], dtype=torch.int64)
-    owners = torch.arange(len(counts)).repeat_interleave(rows[2])
-    wanted, aim, room, start = rows.to(device).unbind()
-    return Wanted(wanted, aim, room, start, edges.to(device), owners.to(device), total)
+    wanted, aimed, rooms, first = rows.to(device).unbind()
+    return Wanted(wanted, aimed, rooms, first, edges.to(device), total)
 
 
 class _Found(NamedTuple):

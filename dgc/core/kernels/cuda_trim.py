@@ -4,8 +4,6 @@ All sizes are known on the host; what depends on values stays on the device.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -33,7 +31,6 @@ class Wanted(NamedTuple):
         capacities: candidates that each tensor's buffer holds, `[T]`.
         starts: where each buffer begins, `[T]`.
         edges: the same and the end of the last, `[T + 1]`.
-        owners: to which tensor each place of the buffers belongs, `[C]`.
         total: C, on the host.
     """
 
@@ -42,7 +39,6 @@ class Wanted(NamedTuple):
     capacities: Tensor
     starts: Tensor
     edges: Tensor
-    owners: Tensor
     total: int
 
 
@@ -65,6 +61,22 @@ def uploaded(numbers: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
 
 
+def room(count: int, numel: int) -> int:
+    """How many candidates the buffer of a tensor holds of which `count` are wanted."""
+    return min(numel, 2 * target(count)) if count else 0
+
+
+def owners_of(sizes: Tensor, total: int) -> Tensor:
+    """Tensor t, sizes[t] times, for all t: int64 `[total]`; the host does not wait.
+
+    Example:
+        >>> owners_of(torch.tensor([2, 0, 1]), 3).tolist()
+        [0, 0, 2]
+    """
+    tensors = torch.arange(sizes.numel(), device=sizes.device)
+    return tensors.repeat_interleave(sizes, output_size=total)
+
+
 def trim(
     found: Candidates, wanted: Wanted, layout: Layout, counts: tuple[int, ...]
 ) -> tuple[SparseBatch, Tensor]:
@@ -74,7 +86,7 @@ def trim(
         The selection, counts[t] slots of each tensor; and the magnitudes of all candidates, each
         tensor's in its buffer from large to small, then zeros.
     """
-    device, owners = found.places.device, wanted.owners
+    device, owners = found.places.device, owners_of(wanted.capacities, wanted.total)
     filled = torch.arange(wanted.total, device=device) - wanted.starts[owners]
     filled = filled < found.passed[owners]
     ends = layout.table[owners + 1]
@@ -83,7 +95,7 @@ def trim(
     values = found.values[order].where(filled, 0.0)
     bits = (values.view(torch.int32) & MAGNITUDE).long()
     ranked = ((owners << 31) | (MAGNITUDE - bits)).argsort(stable=True)
-    chosen = ranked[_leading(counts, layout.numels, device)]
+    chosen = ranked[_leading(wanted, sum(counts))]
     # Behind its tensor's elements, before those of the next.
     key = torch.where(filled[chosen], 2 * places[chosen] + 1, 2 * layout.table[owners[chosen] + 1])
     chosen = chosen[key.argsort(stable=True)]
@@ -91,13 +103,11 @@ def trim(
     return SparseBatch(indices, values[chosen], counts, layout.numels), values.abs()[ranked]
 
 
-@lru_cache(maxsize=1024)
-def _leading(counts: tuple[int, ...], numels: tuple[int, ...], device: torch.device) -> Tensor:
-    """The first counts[t] places of each tensor's buffer, int64 `[K]`."""
-    rooms = [min(numel, 4 * target(k)) if k else 0 for k, numel in zip(counts, numels, strict=True)]
-    firsts = list(accumulate(rooms, initial=0))
-    runs = [torch.arange(first, first + k) for first, k in zip(firsts, counts, strict=False)]
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *runs]).to(device)
+def _leading(wanted: Wanted, total: int) -> Tensor:
+    """The first counts[t] places of each tensor's buffer, int64 `[total]`."""
+    owners = owners_of(wanted.counts, total)
+    firsts = wanted.counts.cumsum(0) - wanted.counts
+    return torch.arange(total, device=owners.device) + (wanted.starts - firsts)[owners]
 
 
 def remember_(
