@@ -101,7 +101,8 @@ def encode(batch: SparseBatch, finite: Tensor, code: RiceCode, value_bits: int) 
     quotients = gaps >> code.low_bits
     ends = (quotients + 1).cumsum(0)
     last = torch.where(count > 0, ends.gather(0, (count - 1).clamp(min=0).view(1)).view(()), 0)
-    room = most_bits(sum(batch.numels), places.numel(), code.low_bits)
+    size = places.numel()
+    room = most_bits(sum(batch.numels), size, code.low_bits) - size * code.low_bits
     width = torch.full_like(count, parameters.numel())
     sections = (
         Section(parameters, torch.where(count > 0, width, 0)),
