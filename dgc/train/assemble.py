@@ -45,8 +45,7 @@ def encode_rice(
         >>> message.numel(), values.tolist()
         (40, [-3.0])
     """
-    if not isinstance(finite, Tensor):
-        finite = torch.full((), finite, device=batch.values.device)
+    finite = batch.values.isfinite().all() & finite
     numels, code = batch.numels, rice_code(sum(batch.numels), batch.values.numel())
     least = max_frame_bytes(numels, batch.counts, value_bits, rice=True)
     if least > message_bytes:

@@ -170,6 +170,15 @@ def test_a_gradient_that_is_not_finite(bits: int) -> None:
     assert not bool(values.any())
 
 
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_a_value_that_is_not_finite(bad: float) -> None:
+    batch = drawn(1000, 20)
+    batch.values[7] = bad
+    message, values = sent(batch, 4)
+    assert not wire.decode_batch(message, (1000,)).finite
+    assert not bool(values.any())
+
+
 def test_a_message_that_could_have_no_room_is_refused() -> None:
     with pytest.raises(ConfigError, match="message_bytes is 30"):
         wire.encode_batch(drawn(1000, 20), 4, message_bytes=30)
