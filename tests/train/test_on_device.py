@@ -1,5 +1,6 @@
 """Messages made where the values are, and the whole step with them, on the CPU."""
 
+import hashlib
 import zlib
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
@@ -31,6 +32,15 @@ from tests.threads import ThreadCommunicator, run_ranks
 from tests.workers import Toy, flat, gradients, train, wrap
 
 CPU = torch.device("cpu")
+GOLDEN = {
+    1: "0def95f4cab45c20",
+    2: "a30d644ca1b04ccc",
+    3: "d781d2bd02f29e1b",
+    4: "f1b026d671c69715",
+    8: "69c5dbea531cc7dc",
+    16: "152a31e3bc24c5e9",
+    32: "ce379bb22da6829b",
+}
 reused = settings(
     max_examples=150,
     deadline=None,
@@ -110,6 +120,12 @@ def test_the_reference_reads_the_same(batch: SparseBatch, bits: int) -> None:
     assert positions.tolist() == (read.indices + starts).tolist()
     assert values.tobytes() == read.values.numpy().tobytes()
     assert counts.tolist() == list(read.counts)
+    again, _, status = codec_reference.encode(
+        read.indices.numpy(), values, counts, ends, header.code, bits, rice=True
+    )
+    assert status is codec_reference.Status.OK
+    assert again.low.tobytes() == body.low.tobytes()
+    assert again.words.tobytes() == body.words.tobytes()
 
 
 def laplace(count: int, seed: int) -> Tensor:
@@ -142,6 +158,18 @@ def test_bits_a_value(density: float, limit: float) -> None:
     """Of the padded message, 4 bits a value, in 25,557,032 elements."""
     count = int(25_557_032 * density)
     assert wire.max_message_bytes([25_557_032], [count], 4, CPU) * 8 / count <= limit
+
+
+@pytest.mark.parametrize("bits", VALUE_BITS)
+def test_the_bytes_are_fixed(bits: int) -> None:
+    """Messages of five tensors, of which one is not used, by the start of their SHA-256."""
+    tensors = []
+    for numel, count in ((5, 5), (400, 40), (1, 1), (3000, 30), (100_000, 100)):
+        j = torch.arange(count)
+        values = ((j * 7) % 13 + 1).float() / 2 * (1 - 2 * (j % 3 == 0).float())
+        tensors.append(Sparse(j * numel // count, values, numel))
+    message, _ = sent(SparseBatch.cat(tensors), bits, used=[True, True, False, True, True])
+    assert hashlib.sha256(message.numpy()).hexdigest()[:16] == GOLDEN[bits]
 
 
 @pytest.mark.parametrize("kind", ["rows", "end", "even"])
