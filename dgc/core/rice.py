@@ -14,13 +14,18 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-from dgc.core.pack import MAX_TOTAL_NUMEL
+from dgc.core.pack import MAX_TOTAL_NUMEL, gap_code
 from dgc.errors import ConfigError
 
 MAX_LOW_BITS = 47
 """A gap is below 2^48."""
 _MEAN_LOW = (13, 5)
 """13 / 2^5 = 0.406: what low / 2^r is in the mean, at least, where r is the best."""
+
+
+def low_bits_of(code: int, rice: bool) -> int:
+    """How many low bits of a gap are stored as they are: a Rice code's number is that itself."""
+    return code if rice else gap_code(code).low_bits
 
 
 class RiceCode(NamedTuple):

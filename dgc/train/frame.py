@@ -12,11 +12,10 @@ import numpy.typing as npt
 from dgc.core.pack import (
     MAX_TOTAL_NUMEL,
     STATE_BYTES,
-    gap_code,
     max_index_bytes,
 )
 from dgc.core.quantize import VALUE_BITS, check_value_bits, parameter_bytes
-from dgc.core.rice import MAX_LOW_BITS, rice_bytes
+from dgc.core.rice import MAX_LOW_BITS, low_bits_of, rice_bytes
 from dgc.errors import ConfigError, WireError
 
 MAGIC = b"DGC"
@@ -54,11 +53,6 @@ class Header:
     code: int
     rice: bool
     message_bytes: int
-
-    @property
-    def low_bits(self) -> int:
-        """How many low bits of a gap are stored as they are."""
-        return self.code if self.rice else gap_code(self.code).low_bits
 
 
 class Sections(NamedTuple):
@@ -229,7 +223,7 @@ def _sections(header: Header, at: int, end: int) -> Sections:
             raise WireError(f"{end - at} bytes follow the tables of a message without values")
         return Sections(at, at, at, at, at)
     low = at + len(header.numels) * parameter_bytes(bits)
-    codes = low + -(-count * header.low_bits // 8)
+    codes = low + -(-count * low_bits_of(header.code, header.rice) // 8)
     words = codes + -(-count * bits // 8)
     least, step = (-(-count // 8), 1) if header.rice else (STATE_BYTES, 4)
     if words + least > end or (end - words) % step:

@@ -58,8 +58,7 @@ class SharedBucket(CompressedBucket):
                     *(grads, memory.u, memory.v, self.layout, updates(rows), counts),
                     *(memory.thresholds, memory.seed()),
                 )
-            chosen = batch._replace(values=(batch.values != 0).float())
-            message, _ = wire.encode_batch(chosen, _BITS, message_bytes=size, finite=finite)
+            message, _ = wire.encode_batch(batch, _BITS, message_bytes=size, finite=finite)
         self._flags[-1] = not bool(finite)
         return message
 

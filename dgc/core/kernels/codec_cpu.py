@@ -21,6 +21,7 @@ from dgc.core.kernels.cpu_radix import kernel
 from dgc.core.kernels.cpu_sweep import tensor_at
 from dgc.core.pack import PROBABILITY_BITS, STATE_LOW, gap_code, max_code_bits
 from dgc.core.quantize import MAX_FINITE, ZERO_LEVEL, parameter_bytes
+from dgc.core.rice import low_bits_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -63,7 +64,7 @@ def decode(
     """As `codec_reference.decode`."""
     positions, values = np.empty(count, np.int64), np.empty(count, np.float32)
     counts = np.zeros(len(ends), np.int64)
-    low_bits = code if rice else gap_code(code).low_bits
+    low_bits = low_bits_of(code, rice)
     parameters = np.zeros((len(ends), 2), np.int64)
     width = parameter_bytes(value_bits) // 2
     if width:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from dgc.core.pack import PROBABILITY_BITS, STATE_LOW, gap_code
 from dgc.core.quantize import MAX_FINITE, ZERO_LEVEL, levels
+from dgc.core.rice import low_bits_of
 
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
@@ -91,7 +92,7 @@ def encode(
         return empty, np.zeros(0, np.float32), Status.INDEX
     if not np.isfinite(values).all():
         return empty, np.zeros(0, np.float32), Status.VALUE
-    low_bits = code if rice else gap_code(code).low_bits
+    low_bits = low_bits_of(code, rice)
     quotients = [int(q) for q in gaps >> low_bits]
     parameters, codes = quantize(values, counts, value_bits)
     body = Body(
@@ -112,7 +113,7 @@ def decode(
     may be anything.
     """
     none = np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64)
-    low_bits = code if rice else gap_code(code).low_bits
+    low_bits = low_bits_of(code, rice)
     parameters = body.parameters.view("<u2").astype(np.int64).reshape(len(ends), -1)
     if not _valid_parameters(parameters):
         return *none, Status.PARAMETER
