@@ -27,6 +27,8 @@ class Recipe:
 
     density: float | Mapping[str, float] = 0.08
     """Share of weights kept, for all layers or by name."""
+    structure: float | Mapping[str, float] = 0.0
+    """How far rows and columns that hold much keep more, for all layers or by name."""
     bits: int | Mapping[str, int] = 5
     """Width of the codes of shared weights."""
     penalty: float = 0.0
@@ -209,7 +211,7 @@ def _prune_and_train(model: nn.Module, data: Data, recipe: Recipe, **extra: obje
         end = max(1, 2 * steps // 3)
         if step == end or (step < end and step % MASK_EVERY == 0):
             now = {n: dgc.model.cubic_density(step, 0, end, final=d) for n, d in names.items()}
-            dgc.model.prune(model, now)
+            dgc.model.prune(model, now, structure=_plain(recipe.structure))
 
     optimizer = OPTIMIZERS[recipe.optimizer](model, recipe.lr, recipe.weight_decay)
     options = {"epochs": recipe.prune_epochs, "dropout": recipe.dropout, **extra}

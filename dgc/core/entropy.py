@@ -102,22 +102,9 @@ def encode_ans(symbols: Tensor, table: bytes) -> bytes:
 
     Source: Duda, arXiv 1311.2540; the coder is Bamler's constriction, arXiv 2201.01741.
     """
-    flat = symbols.reshape(-1)
-    if flat.numel() == 0:
-        return b""
-    lacking = [s for s, b in enumerate(table) if b == 0]
-    low, high = int(flat.min()), int(flat.max())
-    if low < 0 or high >= len(table) or any((flat == s).any() for s in lacking):
-        raise ValueError("a symbol has no count in the table: count the symbols that are encoded")
-    if sum(b > 0 for b in table) == 1:
-        return b""
-    import constriction
-
-    coder, model = constriction.stream.stack.AnsCoder(), _ans_model(table)
-    for part in reversed(flat.split(_CHUNK)):  # a stack: the first symbol goes on last
-        coder.encode_reverse(part.to("cpu", torch.int32).numpy(), model)
-    words: Array = coder.get_compressed()
-    return words.astype("<u4", copy=False).tobytes()
+    coder = ans_coder()
+    push_ans(coder, symbols, table)
+    return ans_bytes(coder)
 
 
 def decode_ans(code: bytes, count: int, table: bytes) -> Tensor:
@@ -128,27 +115,65 @@ def decode_ans(code: bytes, count: int, table: bytes) -> Tensor:
     Raises:
         FileError: if `code` is not what `encode_ans` gives for some `count` symbols.
     """
-    used = [s for s, b in enumerate(table) if b > 0]
-    if count == 0 or len(used) == 1:
-        if code or not used:
-            raise FileError("ANS code present where the table alone decides: the file is damaged")
-        return torch.full((count,), used[0], dtype=torch.uint8)
-    if not used or len(table) > 256 or len(code) % 4 or not code:
-        raise FileError("ANS code or table of an impossible size: the file is damaged")
+    coder = ans_coder(code)
+    symbols = pop_ans(coder, count, table)
+    finish_ans(coder)
+    return symbols
+
+
+def ans_coder(code: bytes = b"") -> Any:
+    """A stack of what was encoded, empty or from `ans_bytes`; `FileError` if it cannot be that."""
     import constriction
 
+    if len(code) % 4:
+        raise FileError("ANS code of an impossible size: the file is damaged")
+    if not code:
+        return constriction.stream.stack.AnsCoder()
     words = np.frombuffer(code, dtype="<u4").astype(np.uint32)
     try:
-        coder = constriction.stream.stack.AnsCoder(words)
-        symbols: Array = coder.decode(_ans_model(table), count)
+        return constriction.stream.stack.AnsCoder(words)
     except ValueError as error:
         raise FileError(f"ANS code does not decode ({error}): the file is damaged") from error
+
+
+def ans_bytes(coder: Any) -> bytes:
+    """All that is on the stack, little-endian 32-bit words."""
+    words: Array = coder.get_compressed()
+    return words.astype("<u4", copy=False).tobytes()
+
+
+def finish_ans(coder: Any) -> None:
+    """Nothing may be left on the stack."""
     if not coder.is_empty():
         raise FileError("ANS code has bits left over: the file is damaged")
-    result = torch.from_numpy(symbols.astype(np.uint8))
+
+
+def push_ans(coder: Any, symbols: Tensor, table: bytes) -> None:
+    """Put `symbols` on the stack, the first on top; arguments as for `encode_ans`."""
+    flat = symbols.reshape(-1)
+    if flat.numel() == 0:
+        return
+    lacking = [s for s, b in enumerate(table) if b == 0]
+    low, high = int(flat.min()), int(flat.max())
+    if low < 0 or high >= len(table) or any((flat == s).any() for s in lacking):
+        raise ValueError("a symbol has no count in the table: count the symbols that are encoded")
+    if sum(b > 0 for b in table) > 1:
+        model = _ans_model(table)
+        for part in reversed(flat.split(_CHUNK)):  # a stack: the first symbol goes on last
+            coder.encode_reverse(part.to("cpu", torch.int32).numpy(), model)
+
+
+def pop_ans(coder: Any, count: int, table: bytes) -> Tensor:
+    """Take `count` symbols from the stack, uint8; as `decode_ans`, but more may be left."""
+    used = [s for s, b in enumerate(table) if b > 0]
+    if not used or len(table) > 256:
+        raise FileError("ANS table of an impossible size: the file is damaged")
+    if count == 0 or len(used) == 1:
+        return torch.full((count,), used[0], dtype=torch.uint8)
+    symbols: Array = coder.decode(_ans_model(table), count)
     if any((symbols == s).any() for s, b in enumerate(table) if b == 0):
         raise FileError("ANS code holds a symbol of count zero: the file is damaged")
-    return result
+    return torch.from_numpy(symbols.astype(np.uint8))
 
 
 def _ans_model(table: bytes) -> Any:

@@ -94,7 +94,7 @@ def save_state(
     raw = container.pack(entries, metadata)
     container.write_atomically(path, raw)
     rows = [report.plain_row(n, t, len(entries[n].data)) for n, t in own.items() if n not in layers]
-    rows += [report.layer_row(n, layers[n], len(r)) for n, r in records.items()]
+    rows += [report.layer_row(n, layers[n], r) for n, r in records.items()]
     rows.sort(key=lambda row: list(own).index(row.name))
     body = sum(row.file_bytes for row in rows)
     return report.Report(tuple(rows), len(raw) - body, len(raw))
@@ -339,9 +339,10 @@ def inspect(path: str | Path) -> tuple[report.Report, dict[str, Layer]]:
     rows = []
     for name, entry in opened.entries.items():
         own = name.removesuffix(CODED)
-        size = len(entry.data)
-        row = report.layer_row(own, layers[own], size) if own in layers else None
-        rows.append(row or report.plain_row(own, state[own], size))
+        if own in layers:
+            rows.append(report.layer_row(own, layers[own], entry.data))
+        else:
+            rows.append(report.plain_row(own, state[own], len(entry.data)))
     body = sum(row.file_bytes for row in rows)
     return report.Report(tuple(rows), opened.file_bytes - body, opened.file_bytes), layers
 

@@ -4,22 +4,26 @@ A record is all that a decoder needs but for tables it takes over from an earlie
 bytes are described in docs/file.md.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dgc.core import entropy
+from dgc.core.blocks import Blocks, best_blocks, decode_blocks, encode_blocks
 from dgc.core.codebook import lookup
 from dgc.errors import FileError
 from dgc.model.bytes import Reader, varint
+from dgc.model.gaps import best_gap_bits, gaps_of, places_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ANS, HUFFMAN = 1, 2
 CODERS = {"ans": ANS, "huffman": HUFFMAN}
-LITERAL, HALF = 1, 2  # flags: each kept weight is stored itself; levels are stored in 16 bits
+LITERAL, HALF, BLOCKS = 1, 2, 4
+"""Flags: each kept weight is stored itself; levels are stored in 16 bits; positions by blocks."""
 MAX_TABLE_OWNERS = 255
+_BLOCKS_OVERHEAD = 64  # bits: two sizes and two last words in place of one
 SMALL_LAYER = 10_000
 """Below this many weights a layer's table costs enough that layers try one table between them."""
 
@@ -170,64 +174,15 @@ def _assign(kind: int, streams: list[Stream], pool: bytes | None) -> float:
     return total
 
 
-# --- gaps --------------------------------------------------------------------------------------
-
-
-def gaps_of(codes: Tensor, gap_bits: int) -> Tensor:
-    """Zeros before each non-zero code, uint8; 2^gap_bits − 1 stands for that many zeros alone.
-
-    Zeros after the last non-zero code are not written.
-
-    Example:
-        >>> gaps_of(torch.tensor([0, 7, 0, 0, 0, 0, 9, 0]), gap_bits=2).tolist()
-        [1, 3, 1]
-
-    Source: arXiv 1510.00149, figure 2, where a filler also costs a value.
-    """
-    at = codes.reshape(-1).nonzero().squeeze(1)
-    runs = torch.diff(at, prepend=at.new_tensor([-1])) - 1
-    filler = 2**gap_bits - 1
-    fillers = runs // filler
-    gaps = torch.full((int(fillers.sum()) + runs.numel(),), filler, dtype=torch.uint8)
-    gaps[(fillers + 1).cumsum(0) - 1] = (runs % filler).to(torch.uint8)
-    return gaps
-
-
-def places_of(gaps: Tensor, gap_bits: int, numel: int) -> Tensor:
-    """Indices of the non-zero codes, int64 ascending.
-
-    Raises:
-        FileError: if one lies beyond `numel`, or a gap is above 2^gap_bits − 1.
-
-    Example:
-        >>> places_of(torch.tensor([1, 3, 1], dtype=torch.uint8), 2, 8).tolist()
-        [1, 6]
-    """
-    filler = 2**gap_bits - 1
-    real = gaps != filler
-    places = (gaps.long() + real).cumsum(0) - 1
-    if gaps.numel() and (int(gaps.max()) > filler or int(places[-1]) >= numel):
-        raise FileError("a weight's position lies outside its tensor: the file is damaged")
-    kept: Tensor = places[real]
-    return kept
-
-
-def _best_gap_bits(codes: Tensor) -> int:
-    def cost(gap_bits: int) -> float:
-        counts = entropy.count_symbols(gaps_of(codes, gap_bits), 2**gap_bits)
-        return _CODERS[HUFFMAN].cost(counts, _CODERS[HUFFMAN].table(counts)) + 4 * len(counts)
-
-    return min(range(2, 9), key=cost)
-
-
 # --- records -----------------------------------------------------------------------------------
 
 
 @dataclass
 class _Draft:
     layer: Layer
+    streams: list[Stream]
     gap_bits: int = 0
-    streams: list[Stream] = field(default_factory=list)
+    blocks: Blocks | None = None
 
 
 def encode_layers(layers: list[Layer], coder: str) -> list[bytes]:
@@ -242,24 +197,37 @@ def encode_layers(layers: list[Layer], coder: str) -> list[bytes]:
 def _draft(layer: Layer, kind: int) -> _Draft:
     codes, alphabet = layer.codes.reshape(-1), 2 if layer.literal else layer.levels.numel() + 1
     if kind == ANS:
-        return _Draft(layer, 0, [Stream(codes, entropy.count_symbols(codes, alphabet))])
-    gap_bits = _best_gap_bits(codes)
+        found = blocks_of(layer)
+        coded = codes[codes != 0] if found else codes
+        return _Draft(layer, [Stream(coded, entropy.count_symbols(coded, alphabet))], 0, found)
+    gap_bits = best_gap_bits(codes)
     gaps = gaps_of(codes, gap_bits)
     values = codes[codes != 0] - 1
     if layer.literal:
         values = values[:0]
     counts = entropy.count_symbols(values, max(1, alphabet - 1))
-    return _Draft(
-        layer,
-        gap_bits,
-        [Stream(gaps, entropy.count_symbols(gaps, 2**gap_bits)), Stream(values, counts)],
-    )
+    streams = [
+        Stream(gaps, entropy.count_symbols(gaps, 2**gap_bits)),
+        Stream(values, counts),
+    ]
+    return _Draft(layer, streams, gap_bits)
+
+
+def blocks_of(layer: Layer) -> Blocks | None:
+    """How to code where `layer` is not zero by rows and columns, if that takes fewer bits."""
+    if layer.codes.dim() < 2:
+        return None
+    kept = layer.codes.flatten(1) != 0
+    found = best_blocks(kept)
+    nonzeros = int(kept.sum())
+    plain = entropy.entropy_bits([kept.numel() - nonzeros, nonzeros])
+    return found if found.bits + _BLOCKS_OVERHEAD < plain else None
 
 
 def _record(draft: _Draft, kind: int) -> bytes:
     layer = draft.layer
     shape, levels = layer.codes.shape, layer.levels
-    flags = LITERAL * layer.literal | HALF * layer.half
+    flags = LITERAL * layer.literal | HALF * layer.half | BLOCKS * (draft.blocks is not None)
     out = bytes([kind | DTYPES.index(levels.dtype) << 4, flags, len(shape)])
     out += b"".join(varint(n) for n in (*shape, int(layer.codes.count_nonzero())))
     stored = levels.to(torch.float16) if layer.half else levels
@@ -272,6 +240,9 @@ def _record(draft: _Draft, kind: int) -> bytes:
         own = b"" if stream.reference else _pack_table(kind, stream.table)
         code = _CODERS[kind].encode(stream.symbols, stream.table)
         out += bytes([stream.reference]) + own + varint(len(code)) + code
+    if draft.blocks is not None:
+        code = encode_blocks(layer.codes.flatten(1) != 0, draft.blocks)
+        out += varint(len(code)) + code
     return out + (raw if layer.literal else b"")
 
 
@@ -283,6 +254,7 @@ class Head:
     dtype: torch.dtype
     literal: bool
     half: bool
+    blocks: bool
     shape: tuple[int, ...]
     numel: int
     nonzeros: int
@@ -292,7 +264,7 @@ def read_head(reader: Reader) -> Head:
     """Parse and check the start of a record; allocates nothing."""
     first, flags, dims = reader.byte(), reader.byte(), reader.byte()
     kind, dtype = first & 15, first >> 4
-    if kind not in _CODERS or dtype >= len(DTYPES) or flags > 3 or dims > 16:
+    if kind not in _CODERS or dtype >= len(DTYPES) or flags > 7 or dims > 16:
         raise FileError("a record of an unknown kind: a newer format, or the file is damaged")
     shape = tuple(reader.varint() for _ in range(dims))
     numel = 1
@@ -301,8 +273,10 @@ def read_head(reader: Reader) -> Head:
     nonzeros = reader.varint()
     if not 0 < numel < 1 << 48 or nonzeros > numel:
         raise FileError(f"a record of shape {shape} with {nonzeros} weights: the file is damaged")
-    half = bool(flags & HALF)
-    return Head(kind, DTYPES[dtype], bool(flags & LITERAL), half, shape, numel, nonzeros)
+    literal, half, by_blocks = (bool(flags & flag) for flag in (LITERAL, HALF, BLOCKS))
+    if by_blocks and (kind != ANS or dims < 2):
+        raise FileError("blocks where there are no rows and columns: the file is damaged")
+    return Head(kind, DTYPES[dtype], literal, half, by_blocks, shape, numel, nonzeros)
 
 
 class Decoder:
@@ -338,7 +312,17 @@ class Decoder:
         return Layer(codes.view(head.shape), levels, head.literal, head.half)
 
     def _ans(self, reader: Reader, head: Head) -> Tensor:
-        return self._stream(reader, head.kind, head.numel)
+        if not head.blocks:
+            return self._stream(reader, ANS, head.numel)
+        values = self._stream(reader, ANS, head.nonzeros)
+        rows = head.shape[0]
+        code = reader.take(reader.varint())
+        kept = decode_blocks(code, rows, head.numel // rows).view(-1)
+        if int(kept.sum()) != head.nonzeros:
+            raise FileError("a record's positions and values disagree: the file is damaged")
+        codes = torch.zeros(head.numel, dtype=torch.uint8)
+        codes[kept] = values
+        return codes
 
     def _huffman(self, reader: Reader, head: Head) -> Tensor:
         gap_bits, count = reader.byte(), reader.varint()

@@ -29,7 +29,13 @@ class Mask(Constraint):
         values.masked_fill_(~buffer, 0)
 
 
-def prune(model: Model, density: float | dict[str, float] = 0.1, *, scope: str = "layer") -> Model:
+def prune(
+    model: Model,
+    density: float | dict[str, float] = 0.1,
+    *,
+    scope: str = "layer",
+    structure: float | dict[str, float] = 0.0,
+) -> Model:
     """Keep the largest weights by magnitude and hold the others at zero from now on.
 
     Pruned again, a weight that is already pruned stays so: lower the density step by step and
@@ -43,12 +49,16 @@ def prune(model: Model, density: float | dict[str, float] = 0.1, *, scope: str =
         density: share of weights kept, in (0, 1], for all or by layer or parameter name.
         scope: `"layer"`, each weight tensor to its own density; `"global"`, one number for all
             of them together, so that layers compete.
+        structure: γ, for all weights or by name. A weight counts as |w|·(‖row‖·‖column‖)^γ, rows
+            being the first dimension, so that rows and columns that hold much keep more of it. Such
+            positions cost fewer bytes in the file; with 0.5 for large linear layers a fifth to a
+            third fewer at the same accuracy (docs/log.md).
 
     Returns:
         `model`.
 
     Raises:
-        ConfigError: if a density is out of range, a name unknown or the scope neither.
+        ConfigError: if a density or γ is out of range, a name unknown or the scope neither.
 
     Example:
         >>> layer = nn.Linear(3, 1, bias=False)
@@ -60,14 +70,21 @@ def prune(model: Model, density: float | dict[str, float] = 0.1, *, scope: str =
     for name, (_, _, share) in chosen.items():
         if not 0 < share <= 1:
             raise ConfigError(f"density of {name} is {share}: give a number in (0, 1]")
+    by_name = structure if isinstance(structure, dict) else dict.fromkeys(chosen, structure)
+    gammas = {n: gamma for n, (_, _, gamma) in choose(model, by_name, "structure").items()}
+    for name, gamma in gammas.items():
+        if not 0 <= gamma < float("inf"):
+            raise ConfigError(f"structure of {name} is {gamma}: give 0 or more")
+    scores = {
+        n: _score(m.get_parameter(own).detach(), gammas.get(n, 0.0))
+        for n, (m, own, _) in chosen.items()
+    }
     if scope == "global":
         if isinstance(density, dict):
             raise ConfigError("a global density is one number: scope='layer' takes a dict")
-        masks = _global_masks(
-            {n: m.get_parameter(own) for n, (m, own, _) in chosen.items()}, density
-        )
+        masks = _global_masks(scores, density)
     elif scope == "layer":
-        masks = {n: _top(m.get_parameter(own), share) for n, (m, own, share) in chosen.items()}
+        masks = {n: _top(scores[n], share) for n, (_, _, share) in chosen.items()}
     else:
         raise ConfigError(f"scope is {scope!r}: 'layer' or 'global'")
     for name, (module, own, _) in chosen.items():
@@ -76,12 +93,23 @@ def prune(model: Model, density: float | dict[str, float] = 0.1, *, scope: str =
     return model
 
 
+def _score(weight: Tensor, gamma: float) -> Tensor:
+    """What weights are compared by: themselves, or times powers of their row's and column's norm."""
+    if not gamma or weight.dim() < 2:
+        return weight
+    matrix = weight.flatten(1).float()
+    norms = [matrix.norm(dim=1, keepdim=True), matrix.norm(dim=0, keepdim=True)]
+    gains = [norm / norm.square().mean().sqrt().clamp(min=1e-30) for norm in norms]
+    scores: Tensor = matrix * (gains[0] * gains[1]) ** gamma
+    return scores.view(weight.shape)
+
+
 def _top(weight: Tensor, density: float) -> Tensor:
     return topk_mask(weight, num_selected(weight.numel(), density))
 
 
 def _global_masks(weights: dict[str, Tensor], density: float) -> dict[str, Tensor]:
-    every = torch.cat([weight.detach().reshape(-1) for weight in weights.values()])
+    every = torch.cat([weight.reshape(-1) for weight in weights.values()])
     parts = _top(every, density).split([weight.numel() for weight in weights.values()])
     return {n: p.view(w.shape) for (n, w), p in zip(weights.items(), parts, strict=True)}
 

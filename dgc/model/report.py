@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from dgc.core import entropy
+from dgc.core.blocks import best_blocks
 from dgc.core.codebook import CHUNK
-from dgc.model.layer import Layer
+from dgc.model.bytes import Reader
+from dgc.model.layer import Layer, read_head
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class Row:
 
     `pruned_bytes` (P), `shared_bytes` (P+Q) are what the entry would take with 32-bit values,
     and with codes of fixed width, and gaps of the best fixed width, as in the paper's table;
-    `file_bytes` (P+Q+coding) is what it takes.
+    `file_bytes` (P+Q+coding) is what it takes. `entropy_bytes` is the entropy of its values and
+    positions, of positions by blocks with what tells the blocks.
     """
 
     name: str
@@ -93,13 +96,16 @@ def plain_row(name: str, tensor: Tensor, file_bytes: int) -> Row:
     return Row(name, tensor.numel(), density, bits, 0.0, *sizes)
 
 
-def layer_row(name: str, layer: Layer, file_bytes: int) -> Row:
-    """The row of a coded weight tensor."""
+def layer_row(name: str, layer: Layer, record: bytes) -> Row:
+    """The row of a weight tensor coded as `record`."""
     numel, item = layer.codes.numel(), layer.levels.itemsize
     counts = entropy.count_symbols(layer.codes, int(layer.codes.max()) + 1)
     kept = numel - counts[0]
     value_bits = entropy.entropy_bits(counts[1:]) if not layer.literal else 8.0 * item * kept
-    place_bits = entropy.entropy_bits([counts[0], kept])
+    if read_head(Reader(record)).blocks:
+        place_bits: float = best_blocks(layer.codes.flatten(1) != 0).bits
+    else:
+        place_bits = entropy.entropy_bits([counts[0], kept])
     width = (
         max(1, math.ceil(math.log2(layer.levels.numel() + 1))) if not layer.literal else 8 * item
     )
@@ -113,7 +119,7 @@ def layer_row(name: str, layer: Layer, file_bytes: int) -> Row:
         numel * item,
         _fixed_bytes(layer.codes, 8 * item, counts[0]),
         _fixed_bytes(layer.codes, width, counts[0]) + book,
-        file_bytes,
+        len(record),
         math.ceil((value_bits + place_bits) / 8),
     )
 

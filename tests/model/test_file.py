@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dgc.core import entropy
 from dgc.errors import ConfigError, StateError
 from dgc.model import (
     export,
@@ -100,6 +101,32 @@ def test_any_layer_round_trips(
         assert torch.equal(found.codes, layer.codes)
         assert torch.equal(found.levels, layer.levels)
         assert torch.equal(found.weight(), layer.weight())
+
+
+@pytest.mark.parametrize("coder", CODERS)
+def test_a_layer_of_zeros_beside_another_can_be_read(coder: str) -> None:
+    codes = (torch.arange(400) % 7 == 0).to(torch.uint8).view(20, 20)
+    layers = [Layer(codes, torch.ones(1)), Layer(torch.zeros_like(codes[:2, :3]), torch.ones(1))]
+    decoder = Decoder()
+    for layer, record in zip(layers, encode_layers(layers, coder), strict=True):
+        assert torch.equal(decoder.layer(record).codes, layer.codes)
+
+
+@pytest.mark.parametrize("literal", [False, True])
+def test_rows_and_columns_that_keep_little_make_a_layer_smaller(literal: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.rand(60, 1, generator=generator) ** 4 * torch.rand(1, 80, generator=generator)
+    kept = torch.rand(60, 80, generator=generator) < shares
+    levels = torch.randn(int(kept.sum()) if literal else 1, generator=generator)
+    layer = Layer(kept.to(torch.uint8).view(60, 20, 4), levels, literal=literal)
+    scattered = layer.codes.view(-1)[torch.randperm(4800, generator=generator)].view(60, 20, 4)
+    (record,) = encode_layers([layer], "ans")
+    (plain,) = encode_layers([Layer(scattered, levels, literal=literal)], "ans")
+    row, bits = report.layer_row("fc", layer, record), entropy.entropy_bits
+    assert len(record) < len(plain) - 30
+    assert row.index_bits * kept.sum() < bits([int((~kept).sum()), int(kept.sum())]) - 8 * 30
+    assert torch.equal(Decoder().layer(record).weight(), layer.weight())
+    assert torch.equal(Decoder().layer(plain).codes, scattered)
 
 
 def test_small_layers_share_a_table() -> None:

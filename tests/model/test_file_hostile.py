@@ -29,7 +29,14 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         save(share(prune(net(), 0.2), 3), folder / coder, coder=coder)
         found[coder] = (folder / coder).read_bytes()
     save(prune(net(), 0.2), folder / "literal")
-    return found | {"literal": (folder / "literal").read_bytes()}
+    model = net()
+    with torch.no_grad():
+        model.fc1.weight[5:] *= 0.01
+        model.fc1.weight[:, 9:] *= 0.01
+    save(share(prune(model, 0.2), 3), folder / "blocks")
+    opened = file.parse((folder / "blocks").read_bytes())
+    assert opened.heads["fc1.weight"].blocks
+    return found | {name: (folder / name).read_bytes() for name in ("literal", "blocks")}
 
 
 @given(data=st.data())
@@ -141,10 +148,20 @@ def file_of(record: bytes) -> bytes:
     return container.pack({"w.dgc": container.Entry("U8", (len(record),), record)}, {})
 
 
+BLOCKS = b"\x01\x04\x02\x08\x08\x05\x01\x00\x00\x80\x3f\x00\x01\x00\x01\x00"
+"""A record by blocks, eight by eight, five non-zeros of the only level, up to the positions."""
+
+
 @given(st.binary(max_size=80))
 @settings(max_examples=300, deadline=None)
 def test_any_record_with_a_right_hash(tail: bytes) -> None:
-    for start in (b"", b"\x01\x00\x02\x08\x08", b"\x02\x00\x02\x08\x08", b"\x01\x01\x02\x08\x08"):
+    for start in (
+        b"",
+        b"\x01\x00\x02\x08\x08",
+        b"\x02\x00\x02\x08\x08",
+        b"\x01\x01\x02\x08\x08",
+        BLOCKS,
+    ):
         try:
             state = decode(file_of(start + tail))
         except FileError:

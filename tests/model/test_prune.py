@@ -47,6 +47,35 @@ def test_layers_compete_in_global_scope() -> None:
     assert sum(int((model[i].weight != 0).sum()) for i in (0, 2)) == math.ceil(0.25 * 750)
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_structure_against_a_loop(scope: str) -> None:
+    model, weight = nn.Sequential(nn.Conv2d(3, 8, 2)), make()[0].weight.detach()[:8, :12]
+    model[0].weight.data.copy_(weight.reshape(8, 3, 2, 2))
+    scores = torch.zeros(8, 12)
+    for i in range(8):
+        for j in range(12):
+            scores[i, j] = weight[i, j].abs() * (weight[i].norm() * weight[:, j].norm()) ** 0.7
+    structure = 0.7 if scope == "global" else {"0": 0.7}
+    prune(model, density=0.25, scope=scope, structure=structure)
+    kept = (model[0].weight != 0).view(8, 12)
+    assert torch.equal(kept, scores >= scores.view(-1).topk(24).values[-1])
+    assert not torch.equal(kept, weight.abs() >= weight.abs().view(-1).topk(24).values[-1])
+
+
+def test_structure_is_for_named_weights_and_no_biases() -> None:
+    model, other, plain = make(), make(), make()
+    prune(model, {"0": 0.2, "0.bias": 0.5, "2": 0.2}, structure={"0": 1.0})
+    prune(other, {"0.bias": 0.5}, structure=1.0)
+    prune(plain, {"0": 0.2, "0.bias": 0.5, "2": 0.2})
+    assert torch.equal(model[2].weight, plain[2].weight)
+    assert torch.equal(model[0].bias, plain[0].bias)
+    assert torch.equal(other[0].bias, plain[0].bias)
+    assert not torch.equal(model[0].weight, plain[0].weight)
+    assert int((model[0].weight.abs().sum(1) == 0).sum()) > int(
+        (plain[0].weight.abs().sum(1) == 0).sum()
+    )
+
+
 def test_names_of_layers_and_parameters() -> None:
     model = prune(make(), density={"0": 0.1, "2.weight": 0.5, "0.bias": 0.5})
     assert densities(model) == {"0.weight": 0.1, "2.weight": 0.5}
@@ -131,6 +160,8 @@ def test_distillation_against_a_loop() -> None:
         (lambda m: prune(m, {"fc9": 0.1}), "no parameter 'fc9'.*0.weight"),
         (lambda m: prune(m, {"0": 0.1}, scope="global"), "one number"),
         (lambda m: prune(m, 0.5, scope="all"), "'layer' or 'global'"),
+        (lambda m: prune(m, 0.5, structure=-1.0), r"structure of 0\.weight is -1\.0.*0 or more"),
+        (lambda m: prune(m, 0.5, structure={"9": 1.0}), "no parameter .9. for structure"),
         (lambda m: prune(m[1], 0.5), "two or more dimensions"),
         (lambda m: prune(share(m, 2), 0.5), "prune before share"),
         (lambda m: prune_by_std(m, -1.0), "0 or more"),
