@@ -42,15 +42,14 @@ class Blocks:
     """
 
     def __init__(self, kept: Tensor, ratio: float) -> None:
-        self.rows = _classes(kept.sum(1), ratio)
-        self.columns = _classes(kept.sum(0), ratio)
-        of_rows = [
-            kept[torch.from_numpy(self.rows == a)].sum(0) for a in range(self.rows.max() + 1)
+        array = kept.numpy()  # whose sums make no wider copy
+        self.rows = _classes(array.sum(1), ratio)
+        self.columns = _classes(array.sum(0), ratio)
+        of_rows = [array[self.rows == a].sum(0) for a in range(self.rows.max() + 1)]
+        of_both = [
+            np.stack(of_rows)[:, self.columns == b].sum(1) for b in range(self.columns.max() + 1)
         ]
-        by_column = torch.stack(of_rows).numpy()
-        self.counts = np.stack(
-            [by_column[:, self.columns == b].sum(1) for b in range(self.columns.max() + 1)], axis=1
-        )
+        self.counts = np.stack(of_both, axis=1)
         sizes = [np.bincount(classes) for classes in (self.rows, self.columns)]
         self.elements = np.outer(*sizes)
         pairs = zip(self.counts.reshape(-1), self.elements.reshape(-1), strict=True)
@@ -59,13 +58,13 @@ class Blocks:
         self.bits += sum(entropy.entropy_bits([int(k), int(n - k)]) for k, n in pairs)
 
 
-def _classes(counts: Tensor, ratio: float) -> _Array:
+def _classes(counts: _Array, ratio: float) -> _Array:
     """Class of each count: 0, then up to the first power of `ratio` above 1, and so on."""
     edges, edge = [1], 1.0
     while edge <= int(counts.max()):
         edge *= ratio
         edges.append(int(edge) + 1)
-    found = np.searchsorted(np.array(edges), counts.numpy(), side="right")
+    found = np.searchsorted(np.array(edges), counts, side="right")
     found = np.unique(found, return_inverse=True)[1].reshape(-1)
     return np.maximum(found - max(0, int(found.max()) + 1 - MAX_CLASSES), 0)
 

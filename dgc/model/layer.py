@@ -218,9 +218,11 @@ def blocks_of(layer: Layer) -> Blocks | None:
     if layer.codes.dim() < 2:
         return None
     kept = layer.codes.flatten(1) != 0
-    found = best_blocks(kept)
-    nonzeros = int(kept.sum())
+    nonzeros = int(kept.count_nonzero())
     plain = entropy.entropy_bits([kept.numel() - nonzeros, nonzeros])
+    if plain <= _BLOCKS_OVERHEAD:
+        return None
+    found = best_blocks(kept)
     return found if found.bits + _BLOCKS_OVERHEAD < plain else None
 
 
@@ -318,7 +320,7 @@ class Decoder:
         rows = head.shape[0]
         code = reader.take(reader.varint())
         kept = decode_blocks(code, rows, head.numel // rows).view(-1)
-        if int(kept.sum()) != head.nonzeros:
+        if int(kept.count_nonzero()) != head.nonzeros:
             raise FileError("a record's positions and values disagree: the file is damaged")
         codes = torch.zeros(head.numel, dtype=torch.uint8)
         codes[kept] = values
