@@ -35,7 +35,8 @@ from launch import fashion_mnist, models
 from launch.compress import Recipe, accuracy, compress_model, sgd, train
 
 SOFT = {"distill_weight": 0.3, "temperature": 2.0}
-TRAINING = {"batch": 256, "bf16": True}
+BATCH = 256
+TRAINING = {"batch": BATCH, "bf16": True}
 SGD = {"optimizer": "sgd", "weight_decay": 5e-4}
 LR = {"lenet300": 0.1, "lenet5": 0.05}
 RECIPES: dict[str, dict[str, Recipe]] = {
@@ -43,12 +44,14 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "huffman": Recipe(
             density={"1": 0.07, "3": 0.11, "5": 0.4},
             bits=dict.fromkeys(["1", "3", "5", "1.bias", "3.bias"], 5),
+            batch=BATCH,
             dropout=0.1,
             coder="huffman",
         ),
         "ans + penalty": Recipe(
             density={"1": 0.0465, "3": 0.09, "5": 0.3},
             bits=dict.fromkeys(["1", "3", "5", "1.bias", "3.bias"], 4),
+            batch=BATCH,
             dropout=0.05,
             penalty=0.005,
             half=True,
@@ -58,11 +61,14 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "huffman": Recipe(
             density={"0": 0.8, "2": 0.27, "5": 0.068, "7": 0.25},
             bits=dict.fromkeys(["0", "2", "5", "7", "5.bias"], 5),
+            batch=BATCH,
             dropout=0.2,
             coder="huffman",
         ),
         "ans + penalty": Recipe(
-            density={"0": 0.7, "2": 0.173, "5": 0.0099, "7": 0.1},
+            density={"0": 0.7, "2": 0.197, "5": 0.0112, "7": 0.1},
+            structure={"5": 0.5},
+            batch=64,
             bits={"0": 4, "2": 3, "5": 3, "7": 4, "5.bias": 4},
             share_lr=5e-4,
             dropout=0.05,
@@ -94,7 +100,7 @@ def run_seed(
         **SGD,
         "prune_epochs": epochs[1],
         "share_epochs": epochs[2],
-        **TRAINING,
+        "bf16": TRAINING["bf16"],
     }
     recipes = {label: replace(recipe, **every) for label, recipe in RECIPES[name].items()}
     arms: dict[str, dict[str, Any]] = {
