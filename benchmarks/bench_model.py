@@ -66,7 +66,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
             coder="huffman",
         ),
         "ans + penalty": Recipe(
-            density={"0": 0.7, "2": 0.197, "5": 0.0112, "7": 0.1},
+            density={"0": 0.7, "2": 0.194, "5": 0.011, "7": 0.1},
             structure={"5": 0.5},
             batch=64,
             bits={"0": 4, "2": 3, "5": 3, "7": 4, "5.bias": 4},

@@ -125,11 +125,12 @@ class DGC(Compression):
     pattern: str = "all-gather"
     """How messages travel. "all-gather": all to all ranks, so a rank receives in proportion to their
     number. "hierarchical": ranks of a host sum their gradients, messages travel between hosts.
-    "shared-indices": ranks choose by turns what all send; flat in the number of ranks.
-    "re-selecting": owners of regions sum and select again; flat too, and what they drop stays in
-    their residuals. "dense": all of the residual, uncoded. "auto": the fastest by costs measured at
-    the start, for each density of the warm-up; rank 0 says which on stderr. Runs with "auto" may
-    differ in the last bits, as the choice may."""
+    "shared-indices": ranks choose by turns what all send; flat in the number of ranks, but all that
+    waited at a place arrives at once, which costs accuracy and wants a quarter of the learning rate
+    (docs/log.md, 2026-11-26). "re-selecting": owners of regions sum and select again; flat too, and
+    what they drop stays in their residuals. "dense": all of the residual, uncoded. "auto": the fastest
+    of all but shared indices by costs measured at the start, for each density of the warm-up; rank 0
+    says which on stderr. Runs with "auto" may differ in the last bits, as the choice may."""
 
     exclude: tuple[str, ...] = ()
     """Patterns (`fnmatch`) of the names of parameters that are exchanged dense."""

@@ -21,6 +21,9 @@ from dgc.train.uncoded import UncodedBucket
 
 _SAMPLE = 1 << 22  # elements to time the coding of
 _DENSITIES = (0.001, 0.05)
+BY_NAME = ("shared-indices",)
+"""Never chosen: what is lost in accuracy is not in a prediction of time (docs/log.md, 2026-11-26)."""
+
 _HEADER = 30  # bytes of a message without values, about
 
 
@@ -210,13 +213,13 @@ def _bucket(costs: Costs, numels: tuple[int, ...], density: float, config: DGC) 
 
 
 def choose(predicted: Mapping[str, float]) -> str:
-    """The pattern of least predicted time; of equal ones the first.
+    """The pattern of least predicted time but for those of `BY_NAME`; of equal ones the first.
 
     Example:
         >>> choose({"all-gather": 0.2, "dense": 0.1})
         'dense'
     """
-    return min(predicted, key=lambda name: predicted[name])
+    return min((name for name in predicted if name not in BY_NAME), key=predicted.__getitem__)
 
 
 def explain(density: float, predicted: Mapping[str, float]) -> str:

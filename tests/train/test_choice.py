@@ -29,12 +29,18 @@ def costs(ranks: int, links: Links, hosts: int = 1, coding: Coding = CODING) -> 
         ("dense", costs(4, MEMORY, coding=CODING._replace(element=1e-8)), 0.001),
         ("dense", costs(4, MEMORY), 0.25),
         ("hierarchical", costs(32, SLOW, hosts=4), 0.001),
-        ("shared-indices", costs(1024, Links(Link(1e-7, 8e-8), Link(1e-7, 8e-8))), 0.001),
+        ("re-selecting", costs(1024, Links(Link(1e-7, 8e-8), Link(1e-7, 8e-8))), 0.001),
         ("re-selecting", costs(64, Links(Link(1e-7, 8e-8), Link(1e-7, 1e-6))), 0.001),
     ],
 )
 def test_each_outcome_has_its_costs(wanted: str, made: Costs, density: float) -> None:
     assert choose(predict(made, SIZES, density, dgc.DGC())) == wanted
+
+
+def test_shared_indices_are_never_chosen_however_fast() -> None:
+    made = costs(1024, Links(Link(1e-7, 8e-8), Link(1e-7, 8e-8)))
+    predicted = predict(made, SIZES, 0.001, dgc.DGC())
+    assert min(predicted, key=predicted.__getitem__) == "shared-indices" != choose(predicted)
 
 
 def test_predictions_are_the_formulas() -> None:
