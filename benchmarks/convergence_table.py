@@ -94,7 +94,7 @@ PANELS = (
     ("LeNet-5", "lenet5", 5, "dense,lr=0.05", "dgc,warmup_epochs=0.5,lr=0.1"),
     ("ResNet-20", "resnet20", 5, "dense,lr=0.1", "dgc,warmup_epochs=0.5,lr=0.1"),
     ("LeNet-300-100", "lenet300", 50, "dense,lr=0.1", "dgc,warmup_epochs=0.5,lr=0.2"),
-    ("byte GPT, AdamW", "gpt64", 64, "dense,lr=4e-3", "dgc,warmup_epochs=0.5,lr=8e-3"),
+    ("byte GPT, AdamW", "gpt64", 64, "dense,lr=8e-3", "dgc,warmup_epochs=0.5,lr=8e-3"),
 )
 
 

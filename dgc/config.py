@@ -97,8 +97,8 @@ class DGC(Compression):
     momentum_masking: bool = True
     """Momentum factor masking: the momentum of what was sent is set to zero, and a rank's share of that
     of weight decay. Stable at learning rates where training without it diverges, but elements that
-    are sent often then have less momentum: try up to twice the learning rate of dense training
-    (docs/log.md, 2026-11-24 and 25).
+    are sent often then have less momentum: try one and a half times to twice the learning rate of
+    dense training (docs/log.md, 2026-11-24 and 26).
     Without momentum in the memory, so with Adam, there is nothing to mask."""
 
     local_accumulation: bool = True
