@@ -69,6 +69,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
             density={"0": 0.7, "2": 0.199, "5": 0.0113, "7": 0.1},
             structure={"5": 0.5},
             batch=64,
+            warmup=0.05,
             bits={"0": 4, "2": 3, "5": 3, "7": 4, "5.bias": 4},
             share_lr=5e-4,
             distill_weight=0.4,

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
 import dgc.model
 from dgc.model import report
@@ -41,6 +42,8 @@ class Recipe:
     """While pruning: `"adam"`, or `"sgd"` with Nesterov momentum of 0.9."""
     lr: float = 1e-3
     """Its step; it decays to zero along a cosine."""
+    warmup: float = 0.0
+    """Share of the steps of pruning in which it rises to that."""
     weight_decay: float = 0.0
     """Weights that are not needed shrink before it is chosen which to keep."""
     share_lr: float = 2e-4
@@ -92,19 +95,23 @@ def train(
     distill_weight: float = 0.0,
     temperature: float = 3.0,
     dropout: float = 0.0,
+    warmup: float = 0.0,
     each_step: Callable[[int, int], None] = lambda step, steps: None,
     progress: str = "",
 ) -> None:
     """`optimizer` with a cosine schedule over `data`; `each_step(step, steps)` comes first.
 
     With `bf16` autocast computes in bfloat16. `teacher` are another model's logits on the training
-    images; `dropout` is the share of the inputs of the first linear layer that is dropped;
+    images; `dropout` is the share of the inputs of the first linear layer that is dropped, `warmup`
+    that of the steps in which the learning rate rises to where the cosine begins;
     `progress`, where given, is the name of a progress bar.
     """
     from tqdm import tqdm
 
     steps = max(1, round(epochs * math.ceil(len(data.train_labels) / batch)))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedules: list[LRScheduler] = [CosineAnnealingLR(optimizer, steps)]
+    if rising := round(warmup * steps):
+        schedules.append(LinearLR(optimizer, 1 / rising, total_iters=rising))
     generator = torch.Generator().manual_seed(seed)
     batches: list[Tensor] = []
     noise = torch.Generator().manual_seed(seed)
@@ -134,7 +141,8 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
+        for schedule in schedules:
+            schedule.step()
     if hook:
         hook.remove()
 
@@ -214,7 +222,8 @@ def _prune_and_train(model: nn.Module, data: Data, recipe: Recipe, **extra: obje
             dgc.model.prune(model, now, structure=_plain(recipe.structure))
 
     optimizer = OPTIMIZERS[recipe.optimizer](model, recipe.lr, recipe.weight_decay)
-    options = {"epochs": recipe.prune_epochs, "dropout": recipe.dropout, **extra}
+    options = {name: getattr(recipe, name) for name in ("dropout", "warmup")}
+    options |= {"epochs": recipe.prune_epochs, **extra}
     train(model, data, optimizer, each_step=lower, **options)
 
 
