@@ -1,10 +1,12 @@
 """The retraining loop of launch/compress.py, on random images."""
 
+import math
 from pathlib import Path
 
+import pytest
 import torch
 
-from launch.compress import Recipe, compress_model
+from launch.compress import Recipe, compress_model, sgd, train
 from launch.fashion_mnist import Data
 from launch.models import build
 
@@ -27,3 +29,31 @@ def test_training_with_dropout_repeats_and_leaves_none_behind(tmp_path: Path) ->
         assert torch.equal(model.train()(images), model(images))
     assert found["first"] == found["again"]
     assert found["first"] != found["none"]
+
+
+def test_the_rate_rises_and_falls_along_a_cosine() -> None:
+    model, seen = build("lenet300", seed=1), []
+    optimizer = sgd(model, 0.1)
+    train(
+        model,
+        random_data(),
+        optimizer,
+        epochs=5,
+        warmup=0.25,
+        each_step=lambda step, steps: seen.append(optimizer.param_groups[0]["lr"]),
+    )
+    expected = [
+        0.1 * min(1, (1 + step * 4 / 5) / 5) * (1 + math.cos(math.pi * step / 20)) / 2
+        for step in range(20)
+    ]
+    assert seen == pytest.approx(expected)
+
+
+def test_structure_gathers_weights(tmp_path: Path) -> None:
+    empty = {}
+    for structure in (0.0, 1.0):
+        model = build("lenet300", seed=1)
+        recipe = Recipe(density=0.05, prune_epochs=1.0, structure=structure)
+        compress_model(model, random_data(), tmp_path / "m", recipe, log=lambda line: None)
+        empty[structure] = int((model.get_parameter("1.weight").abs().sum(0) == 0).sum())
+    assert empty[1.0] > empty[0.0]
