@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dgc.core import entropy
+from dgc.core.codebook import nearest
 from dgc.errors import FileError
 
 RATIOS = (1.5, 2.0, 4.0, 8.0)
@@ -38,6 +39,7 @@ class Blocks:
         rows: class of each row, int64.
         columns: class of each column, int64.
         counts: non-zeros of each block, int64 `[row classes, column classes]`.
+        elements: all elements of each block, likewise.
         bits: length of the code, tables included, but for the coder's last word.
     """
 
@@ -90,18 +92,16 @@ def encode_blocks(kept: Tensor, blocks: Blocks) -> bytes:
     """
     sides = (blocks.rows, blocks.columns)
     tables = [entropy.round_counts([int(n) for n in np.bincount(side)]) for side in sides]
-    shares = blocks.counts / blocks.elements
-    above = np.searchsorted(SHARES, shares.clip(SHARES[0], SHARES[-1]))
-    below = np.maximum(above - 1, 0)
-    codes = np.where(shares - SHARES[below] < SHARES[above] - shares, below, above)
+    shares = torch.from_numpy(blocks.counts / blocks.elements)
+    codes = nearest(shares, torch.from_numpy(SHARES)).numpy()
     coder = entropy.ans_coder()
-    for rows, columns, share in reversed(_parts(*sides, codes.astype(np.uint8))):
+    for rows, columns, share in reversed(_parts(*sides, codes)):
         part = kept[rows][:, columns].to(torch.int32).reshape(-1)
         coder.encode_reverse(part.numpy(), _bernoulli(share))
     for side, table in zip(reversed(sides), reversed(tables), strict=True):
         entropy.push_ans(coder, torch.from_numpy(side), table)
     head = bytes([len(tables[0]) - 1 | len(tables[1]) - 1 << 4])
-    return head + b"".join(tables) + codes.astype(np.uint8).tobytes() + entropy.ans_bytes(coder)
+    return head + b"".join(tables) + codes.tobytes() + entropy.ans_bytes(coder)
 
 
 def decode_blocks(code: bytes, rows: int, columns: int) -> Tensor:

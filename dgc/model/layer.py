@@ -197,7 +197,7 @@ def encode_layers(layers: list[Layer], coder: str) -> list[bytes]:
 def _draft(layer: Layer, kind: int) -> _Draft:
     codes, alphabet = layer.codes.reshape(-1), 2 if layer.literal else layer.levels.numel() + 1
     if kind == ANS:
-        found = blocks_of(layer)
+        found = _blocks_of(layer)
         coded = codes[codes != 0] if found else codes
         return _Draft(layer, [Stream(coded, entropy.count_symbols(coded, alphabet))], 0, found)
     gap_bits = best_gap_bits(codes)
@@ -213,7 +213,7 @@ def _draft(layer: Layer, kind: int) -> _Draft:
     return _Draft(layer, streams, gap_bits)
 
 
-def blocks_of(layer: Layer) -> Blocks | None:
+def _blocks_of(layer: Layer) -> Blocks | None:
     """How to code where `layer` is not zero by rows and columns, if that takes fewer bits."""
     if layer.codes.dim() < 2:
         return None

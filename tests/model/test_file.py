@@ -274,6 +274,12 @@ GOLDEN_RECORD = {
 }
 
 
+GOLDEN_BLOCKS = (
+    "010402283242020000003f000000c00002001b130c287f6500c735bbec525e03001c12190105190e"
+    "0000006900960b3e890d1fff7c1a916dfc9b5d6d021c"
+)
+
+
 @pytest.mark.parametrize("coder", CODERS)
 def test_golden_bytes(tmp_path: Path, coder: str) -> None:
     save_state(golden_state(), tmp_path / "m.dgc", coder=coder)
@@ -293,3 +299,14 @@ def test_golden_bytes(tmp_path: Path, coder: str) -> None:
         },
     }
     assert torch.equal(read_state(tmp_path / "m.dgc")["fc.weight"], golden_state()["fc.weight"])
+
+
+def test_golden_bytes_of_positions_by_blocks() -> None:
+    codes = torch.zeros(40, 50, dtype=torch.uint8)
+    codes[::9, ::4] = 1
+    codes[::18, ::8] = 2
+    codes[7, 3] = 1
+    layer = Layer(codes, torch.tensor([0.5, -2.0]))
+    (record,) = encode_layers([layer], "ans")
+    assert record.hex() == GOLDEN_BLOCKS
+    assert torch.equal(Decoder().layer(record).codes, codes)
