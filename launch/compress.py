@@ -219,7 +219,7 @@ def _prune_and_train(model: nn.Module, data: Data, recipe: Recipe, **extra: obje
         end = max(1, 2 * steps // 3)
         if step == end or (step < end and step % MASK_EVERY == 0):
             now = {n: dgc.model.cubic_density(step, 0, end, final=d) for n, d in names.items()}
-            dgc.model.prune(model, now, structure=_plain(recipe.structure))
+            dgc.model.fold(dgc.model.prune(model, now, structure=_plain(recipe.structure)))
 
     optimizer = OPTIMIZERS[recipe.optimizer](model, recipe.lr, recipe.weight_decay)
     options = {name: getattr(recipe, name) for name in ("dropout", "warmup")}

@@ -3,6 +3,7 @@
 from dgc.model.constrain import release, weights_of
 from dgc.model.distill import distill
 from dgc.model.file import export, inspect, load, plain_state, read_state, save, save_state
+from dgc.model.fold import fold
 from dgc.model.prune import (
     cubic_density,
     densities,
@@ -25,6 +26,7 @@ __all__ = [
     "densities",
     "distill",
     "export",
+    "fold",
     "import_masks",
     "inspect",
     "l1_penalty",

@@ -49,7 +49,7 @@ def test_the_rate_rises_and_falls_along_a_cosine() -> None:
     assert seen == pytest.approx(expected)
 
 
-def test_structure_gathers_weights(tmp_path: Path) -> None:
+def test_structure_gathers_weights_and_units_without_inputs_go(tmp_path: Path) -> None:
     empty = {}
     for structure in (0.0, 1.0):
         model = build("lenet300", seed=1)
@@ -57,3 +57,7 @@ def test_structure_gathers_weights(tmp_path: Path) -> None:
         compress_model(model, random_data(), tmp_path / "m", recipe, log=lambda line: None)
         empty[structure] = int((model.get_parameter("1.weight").abs().sum(0) == 0).sum())
     assert empty[1.0] > empty[0.0]
+    unfed = ~model[1].weight.any(1)
+    assert 0 < int(unfed.sum()) < 300
+    assert not model[1].bias[unfed].any()
+    assert not model[3].weight[:, unfed].any()

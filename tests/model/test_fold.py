@@ -1,0 +1,105 @@
+"""What `fold` may remove, and that nothing else changes."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dgc.errors import ConfigError
+from dgc.model import fold, prune, share
+
+ACTIVATIONS = [
+    [nn.ReLU(inplace=True)],
+    [nn.Sigmoid()],
+    [nn.Tanh(), nn.Dropout(0.5), nn.Softplus()],
+    [],
+]
+
+
+def make(between: list[nn.Module], bias: bool = True) -> nn.Sequential:
+    """Units 0 to 3 of 8 have no inputs, unit 7 has no reader; weights are pruned already."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), *between, nn.Linear(8, 3, bias=bias))
+    with torch.no_grad():
+        model[0].weight[:4] = 0
+        model[-1].weight[:, 7] = 0
+    return prune(model, {"0": 24 / 48, f"{len(between) + 1}": 21 / 24}).eval()
+
+
+@pytest.mark.parametrize("between", ACTIVATIONS)
+def test_outputs_stay(between: list[nn.Module]) -> None:
+    model, x = make(between), torch.randn(50, 6)
+    before = model(x)
+    fold(model)
+    assert_cut_off(model)
+    assert model(x).allclose(before, atol=1e-6)
+    bias = model[-1].bias.clone()
+    fold(model)
+    assert torch.equal(model[-1].bias, bias)
+
+
+def assert_cut_off(model: nn.Sequential) -> None:
+    first, second = model[0], model[-1]
+    assert [i for i in range(8) if first.bias[i]] == [4, 5, 6]
+    assert [i for i in range(8) if first.weight[i].any()] == [4, 5, 6]
+    assert [i for i in range(8) if second.weight[:, i].any()] == [4, 5, 6]
+
+
+@pytest.mark.parametrize("between", ACTIVATIONS[:2])
+def test_what_is_folded_trains_no_more(between: list[nn.Module]) -> None:
+    model = make(between)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
+    for step in range(6):
+        if step == 3:  # with momentum gathered before
+            fold(model)
+        optimizer.zero_grad()
+        model(torch.randn(20, 6)).square().sum().backward()
+        optimizer.step()
+    assert_cut_off(model)
+
+
+def test_its_share_goes_to_other_weights() -> None:
+    model = fold(make([nn.ReLU()]))
+    prune(model, {"2": 6 / 24})
+    assert int((model[2].weight != 0).sum()) == 6
+
+
+def test_a_constant_stays_where_the_next_layer_has_no_bias() -> None:
+    model, x = make([nn.Sigmoid()], bias=False), torch.randn(50, 6)
+    before, bias = model(x), model[0].bias.clone()
+    fold(model)
+    assert torch.equal(model(x), before)
+    assert torch.equal(model[0].bias, bias.index_fill(0, torch.tensor(7), 0))
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "between", [[nn.Softmax(1)], [nn.PReLU(8)], [Scaled(8, 8)], [nn.ReLU(), nn.LayerNorm(8)]]
+)
+def test_other_layers_between_are_left_alone(between: list[nn.Module]) -> None:
+    model = make(between)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    after = fold(model).state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_only_pruned_layers_are_touched() -> None:
+    """An output layer is often zero at the start: its inputs are needed all the same."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    nn.init.zeros_(model[2].weight)
+    prune(model, {"0": 0.5})
+    kept = model[0].weight.clone()
+    assert torch.equal(fold(model)[0].weight, kept)
+
+
+def test_shared_biases_are_refused() -> None:
+    model = make([nn.ReLU()])
+    share(model, {"0.bias": 2})
+    bias = model[2].bias.clone()
+    with pytest.raises(ConfigError, match="prune before share"):
+        fold(model)
+    assert torch.equal(model[2].bias, bias)
