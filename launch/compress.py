@@ -209,7 +209,7 @@ def compress_model(
 
 
 def _prune_and_train(model: nn.Module, data: Data, recipe: Recipe, **extra: object) -> None:
-    """Lower the density along the cubic schedule for two thirds of the steps."""
+    """Lower the density along the cubic schedule for two thirds of the steps; fold what it cuts off."""
     target = _plain(recipe.density)
     names = (
         target if isinstance(target, dict) else dict.fromkeys(dgc.model.weights_of(model), target)

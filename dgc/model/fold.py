@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dgc.model.constrain import bind_root, constraint_of
 from dgc.model.prune import Mask, apply_mask
@@ -43,7 +43,7 @@ def fold(model: Model) -> Model:
 
     Args:
         model: changed in place. Both layers pruned (`prune`), not yet shared. A constant stays where
-            the next layer has no bias.
+            the next layer has no bias that could take it.
 
     Returns:
         `model`.
@@ -90,15 +90,23 @@ def _fold(first: nn.Linear, between: list[nn.Module], second: nn.Linear) -> None
     fed, read = first.weight.any(1), second.weight.any(0)
     if bool((fed & read).all()):
         return
-    kept = read
-    if second.bias is not None:
-        kept = fed & read
-        constant = torch.zeros_like(second.weight[0]) if first.bias is None else first.bias.clone()
-        for layer in between:
-            constant = constant if isinstance(layer, nn.Dropout) else layer(constant)
+    constant = torch.zeros_like(second.weight[0]) if first.bias is None else first.bias.clone()
+    for layer in between:
+        constant = constant if isinstance(layer, nn.Dropout) else layer(constant)
+    moved = second.weight @ constant.masked_fill(fed, 0)
+    takes = _takes(second, moved)
+    kept = fed & read if takes else read
     if first.bias is not None:
         apply_mask(first, "bias", kept)  # raises before anything is changed
     apply_mask(first, "weight", kept[:, None].expand_as(first.weight))
-    if second.bias is not None:
-        second.bias.add_(second.weight @ constant.masked_fill(fed, 0))
+    if takes:
+        second.bias.add_(moved)
         apply_mask(second, "weight", fed.expand_as(second.weight))
+
+
+def _takes(layer: nn.Linear, moved: Tensor) -> bool:
+    """Whether the bias of `layer` is free to change by `moved`."""
+    own = constraint_of(layer, "bias") if layer.bias is not None else None
+    if isinstance(own, Mask):  # of an earlier fold, or a user's
+        return not bool(moved[~own.buffer(layer)].any())
+    return layer.bias is not None and own is None

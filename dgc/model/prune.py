@@ -52,7 +52,8 @@ def prune(
         structure: γ, for all weights or by name. A weight counts as |w|·(‖row‖·‖column‖)^γ, rows
             being the first dimension, so that rows and columns that hold much keep more of it. Such
             positions cost fewer bytes in the file: with 0.5 for LeNet-5's large layer a quarter
-            fewer at the same accuracy (docs/log.md, 2026-11-26); convolutions lost by it.
+            fewer at the same accuracy (docs/log.md, 2026-11-26); convolutions lost by it. `fold` removes
+            the units that it leaves without inputs.
 
     Returns:
         `model`.

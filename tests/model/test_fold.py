@@ -71,6 +71,30 @@ def test_a_constant_stays_where_the_next_layer_has_no_bias() -> None:
     assert torch.equal(model[0].bias, bias.index_fill(0, torch.tensor(7), 0))
 
 
+@pytest.mark.parametrize("held", ["pruned", "shared"])
+def test_a_constant_stays_where_the_next_bias_is_not_free(held: str) -> None:
+    model, x = make([nn.Sigmoid()]), torch.randn(50, 6)
+    prune(model, {"2.bias": 0.4}) if held == "pruned" else share(model, {"2.bias": 1})
+    before = model(x)
+    fold(model)
+    assert torch.equal(model(x), before)
+
+
+def test_a_chain_folds_again_and_again() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 4)]
+    model, x = nn.Sequential(*layers), torch.randn(50, 6)
+    for density in (0.3, 0.2, 0.1, 0.05):
+        prune(model, density)
+        before = model(x)
+        fold(model)
+        assert model(x).allclose(before, atol=1e-6)
+        fed = model[2].weight.any(1)
+        assert torch.equal(model[2].bias != 0, fed & model[4].weight.any(0))
+        assert not model[4].weight[:, ~fed].any()
+        assert not model[2].weight[:, ~model[0].weight.any(1)].any()
+
+
 class Scaled(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
