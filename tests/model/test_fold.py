@@ -58,8 +58,11 @@ def test_what_is_folded_trains_no_more(between: list[nn.Module]) -> None:
 
 
 def test_its_share_goes_to_other_weights() -> None:
-    model = fold(make([nn.ReLU()]))
-    prune(model, {"2": 6 / 24})
+    model, wasteful = fold(make([nn.ReLU()])), make([nn.ReLU()])
+    for each in (model, wasteful):
+        prune(each, {"2": 6 / 24})
+    assert wasteful[2].weight[:, :4].any()
+    assert not model[2].weight[:, :4].any()
     assert int((model[2].weight != 0).sum()) == 6
 
 
