@@ -37,6 +37,7 @@ from dgc.errors import GradientError
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "warmup-cosine": lambda done: min(1, 20 * done) * 0.5 * (1 + math.cos(math.pi * done)),
     "step": lambda done: 0.1 ** ((done >= 0.5) + (done >= 0.75)),
 }
 KEY = ("task", "arm", "seed", "workers", "batch", "epochs", "schedule", "lr")
