@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.convergence_table import RESULTS, picture, read, table
+from benchmarks.convergence_table import RESULTS, picture, read, table, without_rate
 from benchmarks.convergence_tasks import TASKS, Task
 from benchmarks.convergence_world import World
 from dgc.config import DGC, Compression, Dense
@@ -199,7 +199,7 @@ def report(args: argparse.Namespace) -> None:
 def once(args: argparse.Namespace, arm: str, seed: int, lr: float) -> None:
     """Run one arm unless its row is there."""
     own = parse_arm(arm, TASKS[args.task].steps(args.workers, args.batch))[1] or lr
-    wanted = {**vars(args), "arm": arm, "seed": seed, "lr": own}
+    wanted = {**vars(args), "arm": without_rate(arm), "seed": seed, "lr": own}
     if any(all(row[k] == wanted[k] for k in KEY) for row in read(args.out)):
         return
     row = {**run(args, arm, seed, lr), **provenance()}

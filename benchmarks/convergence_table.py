@@ -16,8 +16,17 @@ Row = dict[str, Any]
 
 
 def read(path: Path) -> list[Row]:
-    """All rows of a file of JSON lines; none if it is not there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """All rows of a file of JSON lines, arms without their rate; none if it is not there."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [{**row, "arm": without_rate(row["arm"])} for row in rows]
+
+
+def without_rate(arm: str) -> str:
+    """`arm` without its learning rate, which a row has beside it.
+
+    Example: "dgc,lr=0.1,value_bits=1" and "dgc,value_bits=1" at 0.1 are one arm.
+    """
+    return ",".join(part for part in arm.split(",") if not part.startswith("lr="))
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -89,12 +98,12 @@ def interval(
     return f"{text} {mark} {half:.{digits}f}{unit}"
 
 
-# What the picture shows: title, and the setting and arms of its rows.
+# What the picture shows: title, and the setting, arms and learning rates of its rows.
 PANELS = (
-    ("LeNet-5", "lenet5", 5, "dense,lr=0.05", "dgc,warmup_epochs=0.5,lr=0.1"),
-    ("ResNet-20", "resnet20", 5, "dense,lr=0.1", "dgc,warmup_epochs=0.5,lr=0.1"),
-    ("LeNet-300-100", "lenet300", 50, "dense,lr=0.1", "dgc,warmup_epochs=0.5,lr=0.2"),
-    ("byte GPT, AdamW", "gpt64", 64, "dense,lr=8e-3", "dgc,warmup_epochs=0.5,lr=8e-3"),
+    ("LeNet-5", "lenet5", 5, ("dense", 0.05), ("dgc,warmup_epochs=0.5", 0.1)),
+    ("ResNet-20", "resnet20", 5, ("dense", 0.1), ("dgc,warmup_epochs=0.5", 0.1)),
+    ("LeNet-300-100", "lenet300", 50, ("dense", 0.1), ("dgc,warmup_epochs=0.5", 0.2)),
+    ("byte GPT, AdamW", "gpt64", 64, ("dense", 0.008), ("dgc,warmup_epochs=0.5", 0.008)),
 )
 
 
@@ -108,8 +117,8 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     figure, axes = plt.subplots(1, len(PANELS), figsize=(3 * len(PANELS), 2.6), dpi=100)
     for axis, (title, task, epochs, *arms) in zip(axes, PANELS, strict=True):
         for arm, color in zip(arms, ("tab:gray", "tab:red"), strict=True):
-            wanted = (task, 4, epochs, "cosine", arm)
-            keys = ("task", "workers", "epochs", "schedule", "arm")
+            wanted = (task, 4, epochs, "cosine", *arm)
+            keys = ("task", "workers", "epochs", "schedule", "arm", "lr")
             _curve(axis, [r for r in rows if tuple(r[k] for k in keys) == wanted], color)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)

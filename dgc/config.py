@@ -65,20 +65,24 @@ class DGC(Compression):
 
     density: float = 0.001
     """Share of each parameter's elements that is sent in a step, in (0, 1]. An element waits
-    1/(ranks · density) steps, so in short training take more, about 100/(ranks · steps)
-    (docs/log.md, 2026-11-25)."""
+    1/(ranks · density) steps, so in short training take more: for images about 20/(ranks · steps),
+    for text 50, and less warm-up (docs/log.md, 2026-11-26)."""
 
     min_selected: int = 16
     """Elements of a parameter that are sent at least, >= 1, or all if it has fewer. At one element a
     step, as `density` alone would have it, biases and small layers learn too slowly: 0.4 points of
-    accuracy on LeNet-300-100 (docs/log.md, 2026-11-25)."""
+    accuracy on LeNet-300-100 (docs/log.md, 2026-11-25). A small Transformer has so many small
+    tensors that these take most of a message: 1 and a higher density are better there at the same
+    bytes (2026-11-26)."""
 
     value_bits: int = 4
     """Bits of a sent value: 1, 2, 3, 4, 8, 16 or 32. What rounding loses stays in the residual."""
 
     warmup_steps: int = 0
     """Steps over which the density falls exponentially from `warmup_density`, by a factor of 4 a
-    stage, to `density`; 0 starts at `density`."""
+    stage, to `density`; 0 starts at `density`. With SGD it keeps the first steps stable. In training
+    of a few epochs half an epoch of it is most of the bytes, and a higher density after a tenth of an
+    epoch, or with Adam after none, is better (docs/log.md, 2026-11-26)."""
 
     warmup_density: float = 0.25
     """Density of the first warm-up stage, in (0, 1]."""
