@@ -5,14 +5,26 @@ best learning rate of 0.05, 0.1, 0.2, 0.4, with AdamW of 0.005, 0.01, 0.02, 0.04
 same weights and see the same data.
 """
 
+from collections.abc import Iterator
 from statistics import mean
 
+import pytest
+import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from benchmarks.convergence import train
 from benchmarks.convergence_tasks import Teacher
 from dgc.config import DGC, Compression, Dense
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads wait for one another: beside another process these small loops took minutes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class AdamTeacher(Teacher):
