@@ -10,7 +10,8 @@ are in the file already are skipped.
 
 An arm is `dense`, `dgc` or `paper`, and changes to the fields of its configuration, with
 `warmup_epochs` for the warm-up and `lr` for another learning rate:
-`dgc,value_bits=32,warmup_epochs=0.5,lr=0.03`; a dtype by its name, `state_dtype=bfloat16`.
+`dgc,value_bits=32,warmup_epochs=0.5,lr=0.03`; a dtype by its name, `state_dtype=bfloat16`. That
+warm-up is of the density; with `--schedule warmup-cosine` the rate rises over the first twentieth.
 """
 
 import argparse
