@@ -1,6 +1,6 @@
 """What does the whole sender cost beside the bare momentum update that dense training makes anyway?
 
-    python -m benchmarks.bench_sender [--rounds 15]
+    python -m benchmarks.bench_sender [--rounds 15] [--device cuda]
 
 One step on 25,557,032 elements, density 0.001, 4-bit values, as one tensor and as ResNet-50's 161.
 All rows are called in turn, medians over the rounds. The gradients of four steps are used in turn,
@@ -47,22 +47,23 @@ class Sender:
     layout: Layout = field(init=False)
 
     def __post_init__(self) -> None:
-        self.layout = Layout.of(self.numels)
-        self.u = torch.zeros(NUMEL, dtype=self.dtype)
-        self.v = torch.zeros(NUMEL, dtype=self.dtype)
+        device = self.gradients[0][0].device
+        self.layout = Layout.of(self.numels, device)
+        self.u = torch.zeros(NUMEL, dtype=self.dtype, device=device)
+        self.v = torch.zeros_like(self.u)
         self.update = torch.tensor([[0.9, 1.0, 0.1, 0.0]]).repeat(len(self.numels), 1)
         self.counts = [num_selected(numel, DENSITY) for numel in self.numels]
-        self.bytes = wire.max_message_bytes(self.numels, self.counts, VALUE_BITS)
+        self.bytes = wire.max_message_bytes(self.numels, self.counts, VALUE_BITS, device)
         self.state = self.selector.state(self.layout)
 
     def __call__(self) -> None:
         self.step += 1
         grads = self.gradients[self.step % len(self.gradients)]
         seeds = kernels.seed_of(self.step, 0), kernels.seed_of(self.step, 1)
-        _, batch = self.selector.accumulate_select_(
+        finite, batch = self.selector.accumulate_select_(
             grads, self.u, self.v, self.layout, self.update, self.counts, self.state, seeds[0]
         )
-        _, sent = wire.encode_batch(batch, VALUE_BITS, message_bytes=self.bytes)
+        _, sent = wire.encode_batch(batch, VALUE_BITS, message_bytes=self.bytes, finite=finite)
         kernels.release_(self.u, self.v, self.layout, batch, sent, masking=True, seed=seeds[1])
 
     def accumulate(self) -> None:
@@ -74,7 +75,7 @@ class Sender:
 
 
 def bare_update(gradients: Sequence[Tensor]) -> Callable[[], None]:
-    u, v = torch.zeros(NUMEL), torch.zeros(NUMEL)
+    u, v = torch.zeros_like(gradients[0]), torch.zeros_like(gradients[0])
     turn = [0]
 
     def update() -> None:
@@ -106,9 +107,11 @@ def parts(sender: Sender) -> dict[str, Callable[[], object]]:
     }
 
 
-def measure(numels: Sequence[int], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+def measure(
+    numels: Sequence[int], rounds: int, device: str
+) -> tuple[dict[str, float], dict[str, float]]:
     """Times in milliseconds; and memory beside u and v, in percent of theirs in their dtype."""
-    whole = [gradient(seed) for seed in range(1, 5)]
+    whole = [gradient(seed).to(device) for seed in range(1, 5)]
     split = [[part.clone() for part in g.split(list(numels))] for g in whole]
     senders = {
         "sender, threshold": Sender(ThresholdTopK(), numels, split),
@@ -119,7 +122,7 @@ def measure(numels: Sequence[int], rounds: int) -> tuple[dict[str, float], dict[
     for sender in senders.values():
         for _ in range(SETTLE_STEPS):
             sender()
-    half = torch.empty(NUMEL, dtype=torch.float16)
+    half = torch.empty(NUMEL, dtype=torch.float16, device=device)
     flat = senders["sender, exact"].v
     k = num_selected(NUMEL, DENSITY)
     others = {
@@ -130,7 +133,7 @@ def measure(numels: Sequence[int], rounds: int) -> tuple[dict[str, float], dict[
     stages = parts(senders["sender, threshold"])
     times = medians_ms({**others, **senders, **stages}, rounds)
     memory = {
-        name: 100 * peak_bytes(sender) / (sender.u.nbytes + sender.v.nbytes)
+        name: 100 * peak_bytes(sender, device) / (sender.u.nbytes + sender.v.nbytes)
         for name, sender in senders.items()
     }
     return times, memory
@@ -158,11 +161,13 @@ def rows(layout: str, times: dict[str, float], memory: dict[str, float]) -> list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--save", default="sender_cpu2")
     arguments = parser.parse_args()
     print(setup())
-    one, one_memory = measure([NUMEL], arguments.rounds)
-    many, many_memory = measure([prod(shape) for shape in resnet50()], arguments.rounds)
+    how = arguments.rounds, arguments.device
+    one, one_memory = measure([NUMEL], *how)
+    many, many_memory = measure([prod(shape) for shape in resnet50()], *how)
     found = rows("1 tensor", one, one_memory) + rows("161 tensors", many, many_memory)
     print(table(found))
     base = next(iter(one))

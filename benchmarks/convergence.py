@@ -84,10 +84,11 @@ def train(
     epochs: int,
     lr: float,
     schedule: str = "cosine",
+    device: str = "cpu",
     note: str = "",
 ) -> Trained:
     """Train once; `note` is printed with the progress, if it is not empty."""
-    model = task.model(seed)
+    model = task.model(seed).to(device)
     world = World(model, task.optimizer(model, lr), config, workers)
     total, step, start = epochs * task.steps(workers, batch), 0, time.perf_counter()
     clip = task.clip if isinstance(config, Dense) else None  # DGC clips by its own clip_norm
@@ -116,7 +117,8 @@ def run(args: argparse.Namespace, arm: str, seed: int, lr: float) -> dict[str, A
     config, own_lr = parse_arm(arm, task.steps(args.workers, args.batch))
     setting = {key: getattr(args, key) for key in ("workers", "batch", "epochs", "schedule")}
     setting |= {"seed": seed, "lr": own_lr or lr}
-    done = train(task, config, **setting, note=f"{args.task} {arm} seed {seed}")
+    note = f"{args.task} {arm} seed {seed}"
+    done = train(task, config, **setting, device=args.device, note=note)
     diverged = len(done.curve) < args.epochs
     linear = isinstance(done.world.optimizer.optimizer, torch.optim.SGD)
     return {
@@ -145,7 +147,7 @@ def flushed(done: Trained, task: Task) -> float:
     return task.evaluate(done.model)
 
 
-def provenance() -> dict[str, str]:
+def provenance(device: str) -> dict[str, str]:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         capture_output=True,
@@ -157,9 +159,15 @@ def provenance() -> dict[str, str]:
         "commit": commit,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "hardware": f"{platform.machine()} CPU, 1 thread",
+        "hardware": hardware(device),
         "command": " ".join(["python -m benchmarks.convergence", *sys.argv[1:]]),
     }
+
+
+def hardware(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, 1 thread"
 
 
 def main() -> None:
@@ -174,6 +182,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--lr", nargs="+", type=float, default=[0.05])
     parser.add_argument("--schedule", choices=SCHEDULES, default="cosine")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file of JSON lines")
     parser.add_argument("--table", action="store_true", help="print the results' table")
     parser.add_argument("--picture", type=Path, help="draw dense beside dgc, epoch by epoch")
@@ -203,7 +212,7 @@ def once(args: argparse.Namespace, arm: str, seed: int, lr: float) -> None:
     wanted = {**vars(args), "arm": without_rate(arm), "seed": seed, "lr": own}
     if any(all(row[k] == wanted[k] for k in KEY) for row in read(args.out)):
         return
-    row = {**run(args, arm, seed, lr), **provenance()}
+    row = {**run(args, arm, seed, lr), **provenance(args.device)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("a") as file:
         file.write(json.dumps(row) + "\n")

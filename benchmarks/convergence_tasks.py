@@ -15,6 +15,11 @@ from launch.fashion_mnist import Data, load
 from launch.models import build
 
 Loss = Callable[[], Tensor]
+CPU = torch.device("cpu")
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 class Task(Protocol):
@@ -62,14 +67,14 @@ class Images:
         )
 
     def steps(self, workers: int, batch: int) -> int:
-        return len(_images().train_labels) // (workers * batch)
+        return len(_images(CPU).train_labels) // (workers * batch)
 
     def epoch(self, model: nn.Module, workers: int, batch: int, seed: int) -> Iterator[list[Loss]]:
-        data = _images()
+        data = _images(_device(model))
         images, labels = data.train_images, data.train_labels
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         model.train()
-        for picked in order.split(workers * batch)[: self.steps(workers, batch)]:
+        for picked in order.to(labels.device).split(workers * batch)[: self.steps(workers, batch)]:
             yield [
                 lambda own=own: F.cross_entropy(model(images[own]), labels[own])
                 for own in picked.split(batch)
@@ -77,7 +82,7 @@ class Images:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> float:
-        data = _images()
+        data = _images(_device(model))
         model.eval()
         hits = sum(
             int((model(x).argmax(1) == y).sum())
@@ -87,8 +92,8 @@ class Images:
 
 
 @lru_cache
-def _images() -> Data:
-    return load()
+def _images(device: torch.device) -> Data:
+    return Data(*(each.to(device) for each in load()))
 
 
 class Teacher:
@@ -157,33 +162,34 @@ class Text:
         return self._steps
 
     def epoch(self, model: nn.Module, workers: int, batch: int, seed: int) -> Iterator[list[Loss]]:
-        text, generator = _text()[0], torch.Generator().manual_seed(seed)
+        text, generator = _text(_device(model))[0], torch.Generator().manual_seed(seed)
         for _ in range(self._steps):
             starts = torch.randint(
                 len(text) - self.length, (workers, batch), generator=generator
-            ).unbind()
-            yield [lambda own=own: self._loss(model, text, own) for own in starts]
+            ).to(text.device)
+            yield [lambda own=own: self._loss(model, text, own) for own in starts.unbind()]
 
     def _loss(self, model: nn.Module, text: Tensor, starts: Tensor) -> Tensor:
-        window = text[starts[:, None] + torch.arange(self.length + 1)].long()
+        window = text[starts[:, None] + torch.arange(self.length + 1, device=text.device)].long()
         return F.cross_entropy(model(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten())
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> float:
-        text = _text()[1]
-        starts = torch.arange(0, len(text) - self.length - 1, self.length)
+        text = _text(_device(model))[1]
+        starts = torch.arange(0, len(text) - self.length - 1, self.length, device=text.device)
         total = sum(len(own) * self._loss(model, text, own) for own in starts.split(64))
         return float(torch.exp(torch.as_tensor(total / len(starts))))
 
 
 @lru_cache
-def _text() -> tuple[Tensor, Tensor]:
+def _text(device: torch.device) -> tuple[Tensor, Tensor]:
     """Bytes to train on and to judge by: every 20th file is kept for judging, its first 2 KB."""
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     files = [path.read_bytes() for path in paths]
     train = b"".join(file for i, file in enumerate(files) if i % 20)
     test = b"".join(file[:2000] for i, file in enumerate(files) if i % 20 == 0)
-    return tuple(torch.frombuffer(bytearray(t), dtype=torch.uint8) for t in (train, test))
+    whole = [torch.frombuffer(bytearray(t), dtype=torch.uint8).to(device) for t in (train, test)]
+    return whole[0], whole[1]
 
 
 class LSTM(nn.Module):

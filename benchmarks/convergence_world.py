@@ -94,12 +94,12 @@ class World:
 
         `clip` is the norm to which the mean gradient is clipped; None does not clip.
         """
-        total = 0.0
+        values = []
         for follower, loss in zip(self.followers, losses[1:], strict=True):
             with self.optimizer.no_sync():
                 value = loss()
                 value.backward()
-            total += value.item()
+            values.append(value.detach())
             for name in follower.params:
                 follower.ready(name)
             self.optimizer.zero_grad()
@@ -112,7 +112,7 @@ class World:
         for follower in self.followers:
             follower.finish()
         self.optimizer.zero_grad()
-        return (total + value.item()) / len(losses)
+        return float(torch.stack([*values, value.detach()]).mean())
 
     @torch.no_grad()
     def residual(self) -> dict[str, Tensor]:

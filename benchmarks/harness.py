@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("dgc", "torch", "numpy", "numba")
+PACKAGES = ("dgc", "torch", "numpy", "numba", "triton")
 
 
 def setup() -> dict[str, Any]:
@@ -35,6 +35,7 @@ def setup() -> dict[str, Any]:
         "command": shlex.join(["python", *_relative(sys.orig_argv[1:])]),
         "commit": commit,
         "cpu": _cpu(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -65,19 +66,26 @@ def medians_ms(functions: Mapping[str, Callable[[], object]], rounds: int) -> di
     """Median time of each function in milliseconds.
 
     Every round calls each function once, so that a machine that gets busier slows all alike. One
-    round before the first is not counted.
+    round before the first is not counted. Where there is a GPU, its work is waited for.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
             start = time.perf_counter()
             function()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(taken[1:]) * 1e3 for name, taken in times.items()}
 
 
-def peak_bytes(function: Callable[[], object]) -> int:
-    """By how much the resident memory of this process rises while `function` runs (Linux)."""
+def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
+    """By how much this process's memory on `device` rises while `function` runs (CPU: on Linux)."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - held
     # Freed memory that the process has kept would hide what `function` takes.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""The path of a GPU on a machine without one: Triton's interpreter, and torch where messages are made."""
+"""The path of a GPU: on one, or without one in Triton's interpreter, and torch on the CPU."""
 
 import threading
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import torch
 from dgc.core import kernels
 
 LAUNCHED = ("check", "advance", "count_digits", "pick_digit", "count_ties", "collect", "subtract")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _INTERPRETER = threading.RLock()  # it works on one kernel at a time
 
 
@@ -28,8 +29,10 @@ class Launched:
 
 
 def use_device_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on tensors on the CPU are treated as a GPU's."""
+    """From here on tensors on `DEVICE` are treated as a GPU's."""
     pytest.importorskip("triton")
+    if DEVICE.type == "cuda":
+        return
     from dgc.core.kernels import cuda, cuda_kernels
 
     for name in LAUNCHED:

@@ -1,6 +1,7 @@
-"""How often the host waits for a GPU: the Triton kernels in their interpreter, tensors marked."""
+"""How often the host waits for a GPU: there torch refuses to, else calls that would are counted."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from dgc.train import assemble
 from dgc.train.bucket import Row, updates
 from dgc.train.memory import Memory
 from dgc.train.step import receive_, send_
-from tests.core.on_device import use_device_path
+from tests.core.on_device import DEVICE, use_device_path
 from tests.core.waits import Waits
 
 NUMELS = (3, 5000, 70, 9000)
@@ -33,20 +34,34 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
 def normal(seed: int, waits: Waits) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     drawn = [torch.randn(numel, generator=generator) for numel in NUMELS]
+    drawn = [each.to(DEVICE, non_blocking=True) for each in drawn]
     waits.mark(*drawn)
     return drawn
+
+
+@contextmanager
+def refused(on: bool) -> Iterator[None]:
+    """If `on`, what waits for the GPU raises."""
+    if on:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if on:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("value_bits", [1, 4, 16, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_sender_does_not_wait(dtype: torch.dtype, value_bits: int, waits: Waits) -> None:
-    layout = Layout.of(NUMELS, torch.device("cpu"))
+    layout = Layout.of(NUMELS, DEVICE)
     memory = Memory(layout, dgc.DGC(density=0.01, state_dtype=dtype, value_bits=value_bits))
     row = updates([Row()] * len(NUMELS))
     for step in range(4):
         memory.begin(step)
         grads = [grad * 10**step for grad in normal(step, waits)]  # thresholds never fit
-        message, sent = send_(memory, grads, row, 0.01, [True] * len(NUMELS))
+        with refused(DEVICE.type == "cuda" and step > 0):
+            message, sent = send_(memory, grads, row, 0.01, [True] * len(NUMELS))
         if step == 0:  # short tables are uploaded with a wait when they are first needed, and kept
             waits.found.clear()
     assert waits.found == []
@@ -61,7 +76,7 @@ def test_the_sender_does_not_wait(dtype: torch.dtype, value_bits: int, waits: Wa
 
 
 def test_what_waits_is_noticed() -> None:
-    device = torch.device("cpu")
+    device = DEVICE
     with Waits() as mode:
         there = torch.zeros(3, device=device)
         for wait in (

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import dgc
 from dgc.comm.torch_dist import TorchCommunicator
 from dgc.errors import ConfigError
+from tests.core.on_device import DEVICE
 from tests.train.hook_checks import CONFIG, SGD, Net, data, ddp_of, same, same_on_all_ranks
 
 SCALE = 1024.0
@@ -51,7 +52,7 @@ def train(how: str, scaler: Any, *, steps: int = 30, inf_at: int | None = None) 
 
 
 def scaler_of(**options: Any) -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", init_scale=SCALE, **options)
+    return torch.amp.GradScaler(DEVICE.type, init_scale=SCALE, **options)
 
 
 def one_inf_skips_one_step() -> None:
@@ -98,7 +99,7 @@ def autocasts_to_bf16() -> None:
         model, optimizer, _ = wrapped_by(how, None)
         for step in range(6):
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(DEVICE.type, torch.bfloat16):
                 loss = model(data(step)).float().square().mean()
             loss.backward()
             optimizer.step()

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import dgc
 from dgc.comm.torch_dist import TorchCommunicator
 from dgc.errors import ConfigError, GradientError
+from tests.core.on_device import DEVICE
 
 CONFIG = dgc.DGC(density=0.1, min_selected=1, warmup_steps=4, bucket_bytes=600)
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
@@ -28,6 +29,7 @@ class Net(nn.Module):
         self.last = nn.Linear(8, 3)
         self.first = nn.Linear(6, 8)
         self.extra = nn.Linear(8, 8)
+        self.to(DEVICE)
 
     def forward(self, x: Tensor, extra: bool = True) -> Tensor:
         x = self.first(x).tanh()
@@ -36,7 +38,7 @@ class Net(nn.Module):
 
 def data(step: int) -> Tensor:
     generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
-    return torch.randn(5, 6, generator=generator)
+    return torch.randn(5, 6, generator=generator).to(DEVICE)
 
 
 def ddp_of(model: nn.Module, **options: Any) -> DDP:

@@ -1,8 +1,8 @@
-"""Messages made where the values are, and the whole step with them, on the CPU."""
+"""Messages made where the values are, and the whole step with them: on a GPU, or as on one."""
 
 import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -27,11 +27,10 @@ from dgc.train.bucket import Row, updates
 from dgc.train.frame import read_frame
 from dgc.train.memory import Memory
 from dgc.train.step import message_plan, send_
-from tests.core.on_device import use_device_path
+from tests.core.on_device import DEVICE, use_device_path
 from tests.threads import ThreadCommunicator, run_ranks
 from tests.workers import Toy, flat, gradients, train, wrap
 
-CPU = torch.device("cpu")
 GOLDEN = {
     1: "0def95f4cab45c20",
     2: "a30d644ca1b04ccc",
@@ -59,11 +58,13 @@ def device_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def sent(
     batch: SparseBatch, bits: int, finite: bool = True, used: list[bool] | None = None
 ) -> tuple[Tensor, Tensor]:
-    size = wire.max_message_bytes(batch.numels, batch.counts, bits, CPU)
+    size = wire.max_message_bytes(batch.numels, batch.counts, bits, DEVICE)
+    there = batch._replace(indices=batch.indices.to(DEVICE), values=batch.values.to(DEVICE))
     options: dict[str, Any] = {"message_bytes": size, "used": used}
-    message, values = wire.encode_batch(batch, bits, finite=torch.tensor(finite), **options)
+    ok = torch.tensor(finite, device=DEVICE)
+    message, values = wire.encode_batch(there, bits, finite=ok, **options)
     assert message.numel() == size
-    return message, values
+    return message.cpu(), values.cpu()
 
 
 def same(found: SparseBatch, expected: SparseBatch) -> bool:
@@ -157,7 +158,7 @@ def test_levels_are_no_worse_than_the_search_on_the_host(
 def test_bits_a_value(density: float, limit: float) -> None:
     """Of the padded message, 4 bits a value, in 25,557,032 elements."""
     count = int(25_557_032 * density)
-    assert wire.max_message_bytes([25_557_032], [count], 4, CPU) * 8 / count <= limit
+    assert wire.max_message_bytes([25_557_032], [count], 4, DEVICE) * 8 / count <= limit
 
 
 @pytest.mark.parametrize("bits", VALUE_BITS)
@@ -215,20 +216,31 @@ def test_a_message_that_could_have_no_room_is_refused() -> None:
 @pytest.mark.parametrize("size", [4, 5, 255, 256, 257, 1000, 5000])
 def test_checksum(size: int) -> None:
     data = torch.randint(256, (5000,), generator=torch.Generator().manual_seed(size)).byte()
-    assert int(crc32(data, torch.tensor(size))) == zlib.crc32(bytes(data[:size].tolist()))
+    found = crc32(data.to(DEVICE), torch.tensor(size, device=DEVICE))
+    assert int(found) == zlib.crc32(bytes(data[:size].tolist()))
 
 
 def test_memory_beside_the_state_stays_under_a_twentieth() -> None:
     numel = 1_000_000
-    memory = Memory(Layout.of([numel]), dgc.DGC())
+    memory = Memory(Layout.of([numel], DEVICE), dgc.DGC())
     for step in range(3):  # the first steps know no threshold
-        grads = [torch.randn(numel, generator=torch.Generator().manual_seed(step))]
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            send_(memory, grads, updates([Row()]), 0.001, [True])
+        grad = torch.randn(numel, generator=torch.Generator().manual_seed(step)).to(DEVICE)
+        peak = peak_bytes(lambda grad=grad: send_(memory, [grad], updates([Row()]), 0.001, [True]))
+    assert 0 < peak <= 0.05 * 8 * numel
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """The most that tensors made by `function` held at a time."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
     assert profiler.profiler is not None
     events = profiler.profiler.kineto_results.events()
-    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
-    assert 0 < max(accumulate(changes)) <= 0.05 * 8 * numel
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
 PATTERNS = [("all-gather", 1), ("shared-indices", 1), ("re-selecting", 1), ("hierarchical", 2)]
@@ -248,14 +260,18 @@ def test_training_equals_the_host_path(
             drawn[0][1, 2] = torch.inf
         return [grad * (rank != 0 or step < 5) for grad in drawn]  # rank 0 runs out of non-zeros
 
-    def body(comm: ThreadCommunicator) -> Tensor:
-        model = Toy()
-        train(model, wrap(model, config, comm, {"lr": 0.1, "momentum": 0.5}), range(12), found)
-        return flat(model)
+    def trained(device: torch.device) -> Tensor:
+        def body(comm: ThreadCommunicator) -> Tensor:
+            model = Toy().to(device)
+            optimizer = wrap(model, config, comm, {"lr": 0.1, "momentum": 0.5})
+            train(model, optimizer, range(12), lambda *at: [g.to(device) for g in found(*at)])
+            return flat(model).cpu()
 
-    there = run_ranks(4, body, per_host)[0]
+        return run_ranks(4, body, per_host)[0]
+
+    there = trained(DEVICE)
     monkeypatch.undo()
     message_plan.cache_clear()
-    here = run_ranks(4, body, per_host)[0]
+    here = trained(torch.device("cpu"))
     assert bool(here.isfinite().all())
     assert torch.equal(there, here)
