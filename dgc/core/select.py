@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -76,7 +77,15 @@ def topk_mask(tensor: Tensor, k: int) -> Tensor:
 
 
 class Selector(ABC):
-    """Which elements of a bucket are sent: a frozen configuration; what it remembers is `state`."""
+    """Which elements of a bucket are sent: a frozen configuration; what it remembers is `state`.
+
+    Attributes:
+        recordable: whether on a GPU `accumulate_select_` neither makes the host wait nor uploads,
+            and takes `kernels.addresses` and seeds that are there; then its work is recorded once
+            and started again in each step.
+    """
+
+    recordable: ClassVar[bool] = False
 
     def state(self, layout: Layout) -> Tensor | None:
         """A fresh state for a bucket, on the device of `layout.table`; None if none is needed."""
@@ -90,14 +99,14 @@ class Selector(ABC):
 
     def accumulate_select_(
         self,
-        grads: Sequence[Tensor],
+        grads: Sequence[Tensor] | Tensor,
         u: Tensor | None,
         v: Tensor,
         layout: Layout,
         update: Tensor,
         counts: Sequence[int],
         state: Tensor | None,
-        seed: int = 0,
+        seed: int | Tensor = 0,
     ) -> tuple[bool | Tensor, SparseBatch]:
         """`kernels.accumulate_`, then `select_`; overwrites `u`, `v` and `state`.
 
@@ -120,6 +129,8 @@ class ExactTopK(Selector):
         [0, 1]
     """
 
+    recordable = True
+
     def select_(
         self, v: Tensor, layout: Layout, counts: Sequence[int], state: Tensor | None
     ) -> SparseBatch:
@@ -127,14 +138,14 @@ class ExactTopK(Selector):
 
     def accumulate_select_(
         self,
-        grads: Sequence[Tensor],
+        grads: Sequence[Tensor] | Tensor,
         u: Tensor | None,
         v: Tensor,
         layout: Layout,
         update: Tensor,
         counts: Sequence[int],
         state: Tensor | None,
-        seed: int = 0,
+        seed: int | Tensor = 0,
     ) -> tuple[bool | Tensor, SparseBatch]:
         return kernels.accumulate_select_(grads, u, v, layout, update, counts, state, seed)
 

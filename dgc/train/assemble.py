@@ -78,8 +78,8 @@ def assemble(
         message_bytes: room, enough for the body.
         used: for each tensor, whether it had a gradient.
     """
-    device, data = finite.device, bytearray(frame_head(numels, value_bits, 0, used, rice=True))
-    head = torch.frombuffer(data, dtype=torch.uint8).to(device, non_blocking=True)
+    device = finite.device
+    head = _head(numels, value_bits, None if used is None else tuple(used), device).clone()
     sections = (Section(head, _size(head)), _varint(coded.num_values), *coded.sections)
     length = torch.stack([section.size for section in sections]).sum() + CHECKSUM_BYTES
     head[4] |= torch.where(finite, 0, NOT_FINITE).byte()
@@ -93,6 +93,14 @@ def assemble(
     checksum = _little_endian(crc32(message[:-1], at))
     _put_(message, Section(checksum, _size(checksum)), at)
     return message[:-1]
+
+
+@lru_cache(maxsize=1024)
+def _head(
+    numels: tuple[int, ...], value_bits: int, used: tuple[bool, ...] | None, device: torch.device
+) -> Tensor:
+    data = bytearray(frame_head(numels, value_bits, 0, used, rice=True))
+    return torch.frombuffer(data, dtype=torch.uint8).to(device)
 
 
 def _size(data: Tensor) -> Tensor:

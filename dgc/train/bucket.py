@@ -9,7 +9,8 @@ from torch import Tensor
 from dgc.comm.exchange import CodedAllGather, DenseAllReduce, Pattern
 from dgc.core.layout import Layout
 from dgc.train.memory import Memory
-from dgc.train.step import Arrival, Sent, abstain, receive_, send_
+from dgc.train.recorded import Sender
+from dgc.train.step import Arrival, Sent, abstain, receive_
 from dgc.train.warmup import density_at
 
 
@@ -86,6 +87,7 @@ class CompressedBucket(Bucket):
         self.memory, self.world_size = memory, world_size
         self.layout, self.config = memory.layout, memory.config
         self.pattern: Pattern = CodedAllGather()
+        self._sender = Sender(memory)
         self._sent: Sent | None = None
         self._before: dict[int, dict[str, Tensor]] = {}
 
@@ -104,7 +106,7 @@ class CompressedBucket(Bucket):
         if grads is None:
             message, self._sent = abstain(self.memory, density)
         else:
-            message, self._sent = send_(self.memory, grads, updates(rows), density, used)
+            message, self._sent = self._sender.send_(grads, updates(rows), density, used)
         return message
 
     def _begin(self, memory: Memory, used: Sequence[bool], step: int) -> None:

@@ -18,7 +18,8 @@ from dgc.core.layout import Layout
 from dgc.train import wire
 from dgc.train.bucket import CompressedBucket, Row, updates
 from dgc.train.memory import Memory
-from dgc.train.step import Arrival, Sent, message_plan, receive_, send_
+from dgc.train.recorded import Sender
+from dgc.train.step import Arrival, Sent, message_plan, receive_
 from dgc.train.warmup import density_at
 
 
@@ -61,6 +62,7 @@ class HierarchicalBucket(CompressedBucket):
         self.parts = [pieces_of(self.layout, *self.starts[i : i + 2]) for i in range(ranks)]
         device, own = self.layout.table.device, hosts.inside.rank
         self.part = memory.part(Layout.of(self._numels(own), device), self.starts[own])
+        self._sender = Sender(self.part)
         self._payload: Tensor | None = None
         self.restored()
 
@@ -122,8 +124,7 @@ class HierarchicalBucket(CompressedBucket):
         numels, none = part.layout.numels, torch.zeros(0, device=summed.device)
         empty = SparseBatch(none.long(), none, (0,) * len(numels), numels)
         message, self._sent = (
-            send_(
-                part,
+            self._sender.send_(
                 part.layout.split(summed[: self._width]),
                 updates(rows),
                 density,

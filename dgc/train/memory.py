@@ -54,11 +54,14 @@ class Memory:
         part.v = self.v[start:end]
         return part
 
-    def release_(self, batch: SparseBatch, sent: Tensor) -> Tensor | None:
+    def release_(
+        self, batch: SparseBatch, sent: Tensor, seed: int | Tensor | None = None
+    ) -> Tensor | None:
         """Take what was sent out of `v`; the momentum that masking cleared is returned."""
+        seed = self.seed() if seed is None else seed
         masking = self.config.momentum_masking and self.u is not None
         cleared = self.u[self._places(batch)] if masking and self.u is not None else None
-        kernels.release_(self.u, self.v, self.layout, batch, sent, masking, self.seed())
+        kernels.release_(self.u, self.v, self.layout, batch, sent, masking, seed)
         if not self.config.local_accumulation:
             self.v.zero_()
         return cleared

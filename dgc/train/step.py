@@ -27,10 +27,11 @@ class Sent(NamedTuple):
 
 def send_(
     memory: Memory,
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor] | Tensor,
     update: Tensor,
     density: float,
     used: Sequence[bool],
+    seeds: Sequence[int | Tensor] | None = None,
 ) -> tuple[Tensor, Sent]:
     """Let gradients enter `memory`, take out the largest elements, and encode them.
 
@@ -43,10 +44,11 @@ def send_(
 
     Args:
         memory: u and v, overwritten.
-        grads: T contiguous tensors, read only.
+        grads: T contiguous tensors, read only; on a GPU also their `kernels.addresses` there.
         update: float32 `[T, 4]`, rows (m, c, lr, nesterov).
         density: share of each tensor's elements to send, in (0, 1].
         used: whether each tensor had a gradient on this rank.
+        seeds: of what enters and what is taken out; the memory's own by default.
 
     Returns:
         The message, uint8, of a size that depends only on the shapes, and what it took out. If a
@@ -55,16 +57,17 @@ def send_(
     config: DGC = memory.config
     device = memory.v.device
     counts, message_bytes = message_plan(memory.layout.numels, density, config, device)
+    entered, taken = seeds or (memory.seed(), memory.seed())
     with record_function("dgc::select"):
         finite, batch = config.selector.accumulate_select_(
             *(grads, memory.u, memory.v, memory.layout, update, counts),
-            *(memory.thresholds, memory.seed()),
+            *(memory.thresholds, entered),
         )
     with record_function("dgc::encode"):
         message, values = wire.encode_batch(
             batch, config.value_bits, message_bytes=message_bytes, finite=finite, used=used
         )
-    return message, Sent(batch, values, memory.release_(batch, values))
+    return message, Sent(batch, values, memory.release_(batch, values, taken))
 
 
 def abstain(memory: Memory, density: float) -> tuple[Tensor, Sent]:

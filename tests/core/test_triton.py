@@ -26,7 +26,7 @@ block = {"BLOCK": cuda.BLOCK}
 assembly(cuda_kernels.check, {}, block)
 assembly(cuda_kernels.pick_digit, {}, {})
 for state, update, momentum in (("*fp32", True, True), ("*i16", True, True), ("*i16", False, False)):
-    types = {"u": state, "v": state, "rows": "*fp32", "low": "*i32", "what": "*fp32", "seed": "i32"}
+    types = {"u": state, "v": state, "rows": "*fp32", "low": "*i32", "what": "*fp32"}
     constants = {"UPDATE": update, "MOMENTUM": momentum, **block}
     ptx = assembly(cuda_kernels.advance, types, constants)
     values = {"held": "*fp32", "sent": "*fp32", "count": "i32"}

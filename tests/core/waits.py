@@ -19,11 +19,13 @@ class Waits(TorchFunctionMode):
 
     Attributes:
         found: what waited: reads by the host, and uploads that are not `non_blocking`.
+        uploads: all that made a tensor on the GPU from the host's.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.uploads: list[str] = []
 
     def mark(self, *tensors: Tensor) -> None:
         """These are on the GPU."""
@@ -50,6 +52,7 @@ class Waits(TorchFunctionMode):
         elif placed and not any(on_gpu):
             made_there = name in ("zeros", "empty", "arange", "full")
             waits = not made_there and not kwargs.get("non_blocking")
+            self.uploads += [] if made_there else [name]
         else:
             waits = any(on_gpu) and (name in READS or to_host)
         if waits:

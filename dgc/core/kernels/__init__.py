@@ -22,7 +22,9 @@ __all__ = [
     "accumulate_",
     "accumulate_select_",
     "add_",
+    "addresses",
     "codes_there",
+    "dense",
     "release_",
     "seed_of",
     "select_",
@@ -50,9 +52,19 @@ def codes_there(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _dense(grad: Tensor) -> Tensor:
-    """`grad` as contiguous float32: itself where it already is."""
-    return grad.detach().to(torch.float32).contiguous()
+def dense(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Each as contiguous float32: itself where it already is.
+
+    Example:
+        >>> dense([torch.ones(2, dtype=torch.bfloat16)])[0].dtype
+        torch.float32
+    """
+    return [grad.detach().to(torch.float32).contiguous() for grad in grads]
+
+
+def addresses(grads: Sequence[Tensor]) -> Tensor:
+    """Where contiguous float32 gradients lie, int64 `[T]` on the CPU: see `accumulate_select_`."""
+    return torch.tensor([grad.data_ptr() for grad in grads], dtype=torch.int64)
 
 
 def squared_norm(grads: Sequence[Tensor]) -> float:
@@ -62,16 +74,16 @@ def squared_norm(grads: Sequence[Tensor]) -> float:
         >>> squared_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
         25.0
     """
-    return float(_for(grads[0].device).squared_norm([_dense(grad) for grad in grads]))
+    return float(_for(grads[0].device).squared_norm(dense(grads)))
 
 
 def accumulate_(
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor] | Tensor,
     u: Tensor | None,
     v: Tensor,
     layout: Layout,
     update: Tensor,
-    seed: int = 0,
+    seed: int | Tensor = 0,
 ) -> bool:
     """Let the gradients of a bucket enter its memory; overwrites `u` and `v`.
 
@@ -98,8 +110,8 @@ def accumulate_(
         >>> accumulate_([torch.tensor([1.0])], u, v, Layout.of([1]), row), u.item(), v.item()
         (True, 13.0, 137.0)
     """
-    dense = [_dense(grad) for grad in grads]
-    return bool(_for(v.device).accumulate_(dense, u, v, layout, update, seed))
+    entering = grads if isinstance(grads, Tensor) else dense(grads)
+    return bool(_for(v.device).accumulate_(entering, u, v, layout, update, seed))
 
 
 def select_(
@@ -126,24 +138,27 @@ def select_(
 
 
 def accumulate_select_(
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor] | Tensor,
     u: Tensor | None,
     v: Tensor,
     layout: Layout,
     update: Tensor,
     counts: Sequence[int],
     thresholds: Tensor | None,
-    seed: int = 0,
+    seed: int | Tensor = 0,
 ) -> tuple[bool | Tensor, SparseBatch]:
     """`accumulate_` and then `select_`, in one pass where `thresholds` allow it.
+
+    On a GPU `grads` may be their `addresses`, and `seed` int64 `[]`, on the device: then what a step
+    changes is all there, and the work can be recorded once and run again.
 
     Returns:
         What `accumulate_` returns, on a GPU as bool `[]` there; and the selection: an empty one
         where that is False.
     """
-    dense = [_dense(grad) for grad in grads]
+    entering = grads if isinstance(grads, Tensor) else dense(grads)
     found: tuple[bool | Tensor, SparseBatch] = _for(v.device).accumulate_select_(
-        dense, u, v, layout, update, tuple(counts), thresholds, seed
+        entering, u, v, layout, update, tuple(counts), thresholds, seed
     )
     return found
 
@@ -155,7 +170,7 @@ def release_(
     batch: SparseBatch,
     sent: Tensor,
     masking: bool,
-    seed: int = 0,
+    seed: int | Tensor = 0,
 ) -> None:
     """v[S] ← v[S] − sent, and with `masking` u[S] ← 0; overwrites `u` and `v`.
 
@@ -166,7 +181,7 @@ def release_(
         batch: S, the selection.
         sent: float32 `[K]`, what the receivers will decode for S.
         masking: momentum factor masking.
-        seed: of the rounding, in [0, 2^32).
+        seed: of the rounding, in [0, 2^32); on a GPU it may be int64 `[]` there.
 
     Example:
         >>> v, layout = torch.tensor([4.0, 9.0]), Layout.of([2])

@@ -5,6 +5,9 @@ uploads are short tables. Whether a gradient is finite, and how many elements of
 their threshold, stays on the device. A tensor where too few did, or more than its buffer holds, is
 collected again by its exact threshold; where there is no such tensor these passes return at once.
 
+Gradients may be given as a table of their addresses, and a seed as a tensor: what a step changes is
+then on the device, and the same work can be recorded and run again.
+
 So a selection has as many slots as elements are wanted. A slot that was not filled, because fewer
 elements are not zero or a gradient is not finite, has the index 0 and the value 0.
 Results equal those of `reference` bit for bit. Shapes: T tensors, n elements, B blocks.
@@ -85,26 +88,26 @@ class _Found(NamedTuple):
 
 
 def accumulate_(
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor] | Tensor,
     u: Tensor | None,
     v: Tensor,
     layout: Layout,
     update: Tensor,
-    seed: int = 0,
+    seed: int | Tensor = 0,
 ) -> Tensor:
     """As `reference.accumulate_`; bool `[]`."""
-    return _pass(grads, u, v, layout, update, (0,) * len(grads), None, seed).finite
+    return _pass(grads, u, v, layout, update, (0,) * len(layout.numels), None, seed).finite
 
 
 def accumulate_select_(
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor] | Tensor,
     u: Tensor | None,
     v: Tensor,
     layout: Layout,
     update: Tensor,
     counts: Sequence[int],
     thresholds: Tensor | None,
-    seed: int = 0,
+    seed: int | Tensor = 0,
 ) -> tuple[Tensor, SparseBatch]:
     """As `reference.accumulate_select_`, with slots; overwrites `thresholds`."""
     found = _pass(grads, u, v, layout, update, tuple(counts), thresholds, seed)
@@ -125,25 +128,25 @@ def release_(
     layout: Layout,
     batch: SparseBatch,
     sent: Tensor,
-    seed: int = 0,
+    seed: int | Tensor = 0,
 ) -> None:
     """As `reference.release_`, of the slots that are filled."""
     _subtract(u, v, layout.places(batch.indices, batch.counts), batch.values, sent, seed)
 
 
-def add_(v: Tensor, places: Tensor, values: Tensor, seed: int = 0) -> None:
+def add_(v: Tensor, places: Tensor, values: Tensor, seed: int | Tensor = 0) -> None:
     """As `reference.add_`; places with the value 0 may be any."""
     _subtract(None, v, places, values, -values, seed)
 
 
 def _subtract(
-    u: Tensor | None, v: Tensor, places: Tensor, held: Tensor, sent: Tensor, seed: int
+    u: Tensor | None, v: Tensor, places: Tensor, held: Tensor, sent: Tensor, seed: int | Tensor
 ) -> None:
     count = places.numel()
     states = _raw(v if u is None else u), _raw(v)
     if count:
         triton_kernels.subtract[(-(-count // BLOCK),)](
-            *(*states, places, held, sent, count, _signed(seed)),
+            *(*states, places, held, sent, count, _there(seed, v.device)),
             MASKING=u is not None,
             BLOCK=BLOCK,
             enable_fp_fusion=False,
@@ -151,14 +154,14 @@ def _subtract(
 
 
 def _pass(
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor] | Tensor,
     u: Tensor | None,
     v: Tensor,
     layout: Layout,
     update: Tensor | None,
     counts: tuple[int, ...],
     thresholds: Tensor | None,
-    seed: int,
+    seed: int | Tensor,
 ) -> _Found:
     """Check, update and collect, and collect again what was not collected well."""
     device = v.device
@@ -168,7 +171,9 @@ def _pass(
     report = torch.zeros(len(counts) + 1, dtype=torch.int64, device=device)
     where = torch.zeros(wanted.total, dtype=torch.int64, device=device)
     what = torch.zeros(wanted.total, device=device)
-    addresses = uploaded([g.data_ptr() for g in grads], device)
+    addresses = grads
+    if not isinstance(addresses, Tensor):
+        addresses = uploaded([g.data_ptr() for g in addresses], device)
     grid, passed, bad = (blocks.owners.numel(),), report[:-1], report[-1:]
     found = _Found(bad[0] == 0, passed, where, what)
     if not grid[0]:
@@ -179,7 +184,7 @@ def _pass(
     states = [_raw(state) for state in (v if u is None else u, v)]
     memory = (addresses, *states, *blocks[:3], layout.table, rows, low)
     triton_kernels.advance[grid](
-        *(*memory, wanted.edges, passed, where, what, bad, _signed(seed)),
+        *(*memory, wanted.edges, passed, where, what, bad, _there(seed, device)),
         UPDATE=update is not None,
         MOMENTUM=u is not None,
         BLOCK=BLOCK,
@@ -197,9 +202,8 @@ def _raw(state: Tensor) -> Tensor:
     return state.view(torch.int16) if state.dtype == torch.bfloat16 else state
 
 
-def _signed(seed: int) -> int:
-    """The same 32 bits as a signed number: Triton would pass a larger one in 64 bits."""
-    return seed - (seed >> 31 << 32)
+def _there(seed: int | Tensor, device: torch.device) -> Tensor:
+    return seed if isinstance(seed, Tensor) else uploaded([seed], device)
 
 
 def _bits(wanted: Wanted, numels: Tensor, thresholds: Tensor | None) -> Tensor:

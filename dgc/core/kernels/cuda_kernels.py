@@ -96,7 +96,7 @@ def _append(
         tl.store(what + slot, value, mask=fits)
 
 
-@triton.jit(do_not_specialize=["seed"])  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
 def advance(
     addresses: "Any",
     u: "Any",
@@ -126,7 +126,7 @@ def advance(
         place = tl.load(offsets + t) + at
         value = _load(v, place, inside)
         if UPDATE:
-            draw = _mixed(place.to(tl.uint32) ^ seed.to(tl.uint32))
+            draw = _mixed(place.to(tl.uint32) ^ tl.load(seed).to(tl.uint32))
             g = tl.load(addresses + t).to(tl.pointer_type(tl.float32))
             row = rows + 4 * t
             entered = tl.load(g + at, mask=inside, other=0.0) * tl.load(row + 1)
@@ -247,7 +247,7 @@ def collect(
         _append(hit, place, value, t, edges, passed, where, what)
 
 
-@triton.jit(do_not_specialize=["seed", "count"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]
 def subtract(
     u: "Any",
     v: "Any",
@@ -264,7 +264,7 @@ def subtract(
     inside = slot < count
     inside = inside & (tl.load(held + slot, mask=inside, other=0.0) != 0)
     place = tl.load(places + slot, mask=inside, other=0)
-    draw = _mixed(place.to(tl.uint32) ^ seed.to(tl.uint32))
+    draw = _mixed(place.to(tl.uint32) ^ tl.load(seed).to(tl.uint32))
     value = _load(v, place, inside) - tl.load(sent + slot, mask=inside, other=0.0)
     _store(v, place, value, inside, draw >> V_BITS)
     if MASKING:
