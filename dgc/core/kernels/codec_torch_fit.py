@@ -17,6 +17,8 @@ MAGNITUDE = 0x7FFFFFFF
 _GRID = 16
 """Candidates for each end of the levels, in each round of the search."""
 _ROUNDS = 2
+_TENSORS = 64
+"""As many are searched at a time: a candidate takes some 200 bytes."""
 
 
 class Magnitudes(NamedTuple):
@@ -115,36 +117,51 @@ def _search(
 
 
 def _moments(values: Magnitudes, low: Tensor, high: Tensor, shift: Tensor) -> Tensor:
-    """Σ 1, Σ v and Σ v² below each edge of the histogram's bins, float64 `[3, T, bins + 1]`."""
+    """Σ 1 and Σ v below each edge of the histogram's bins, float64 `[2, T, bins + 1]`."""
     owners = values.owners
     numbers, unit = values.scaled(high)
     bins = ((values.bits - low[owners]) >> shift[owners]).clamp(min=0, max=SEARCH_BINS - 1)
     at = owners * SEARCH_BINS + bins
-    powers = torch.stack([values.held.long(), numbers, numbers * numbers])
-    sums = powers.new_zeros(3, values.num_tensors * SEARCH_BINS).index_add_(1, at, powers)
-    edges = sums.view(3, -1, SEARCH_BINS).cumsum(2).double()
-    worth = torch.stack([torch.ones_like(unit), unit, unit * unit])[:, :, None]
+    powers = torch.stack([values.held.long(), numbers])
+    sums = powers.new_zeros(2, values.num_tensors * SEARCH_BINS).index_add_(1, at, powers)
+    edges = sums.view(2, -1, SEARCH_BINS).cumsum(2).double()
+    worth = torch.stack([torch.ones_like(unit), unit])[:, :, None]
     return torch.nn.functional.pad(edges * worth, (1, 0))
 
 
 def _errors(
     moments: Tensor, low: Tensor, shift: Tensor, first: Tensor, last: Tensor, num_levels: int
 ) -> Tensor:
-    """Σ (v − level)² for first and last levels `[T, C]`: float64 `[T, C]`.
+    """Σ (v − level)² − Σ v² for first and last levels `[T, C]`: float64 `[T, C]`.
 
     Each bin goes as a whole to the level that is nearest to its start.
     """
+    runs = [each.split(_TENSORS) for each in (moments.transpose(0, 1), low, shift, first, last)]
+    errors = [_errors_of(num_levels, *run) for run in zip(*runs, strict=True)]
+    return errors[0] if len(errors) == 1 else torch.cat(errors)
+
+
+def _errors_of(
+    num_levels: int, moments: Tensor, low: Tensor, shift: Tensor, first: Tensor, last: Tensor
+) -> Tensor:
+    """`_errors` of a few tensors; moments `[T, 2, bins + 1]`.
+
+    With N_j and S_j the count and the sum of the values below level j's bins, N and S those of all,
+    and L the last level, Σ_j level_j²·count_j − 2·level_j·sum_j is, by parts,
+    level_L²·N − 2·level_L·S + Σ_j≥1 (level_j − level_j−1)·(2·S_j − (level_j + level_j−1)·N_j).
+    """
     steps = torch.arange(num_levels, device=low.device)
-    bits = first[..., None] + (last - first)[..., None] * steps // (num_levels - 1)
-    table = floats(bits)
-    middle = ((table[..., :-1] + table[..., 1:]) / 2).float().view(torch.int32).long()
-    edges = ((middle - low[:, None, None]) >> shift[:, None, None]).clamp(0, SEARCH_BINS)
-    edges = torch.nn.functional.pad(edges, (1, 0))
-    edges = torch.cat([edges, torch.full_like(edges[..., :1], SEARCH_BINS)], 2)
-    seen = moments.gather(2, edges.flatten(1).expand(3, -1, -1)).view(3, *edges.shape)
-    counts, sums, squares = seen.diff(dim=3)
-    errors: Tensor = (squares - 2 * table * sums + table * table * counts).sum(2)
-    return errors
+    table = floats(first[..., None] + (last - first)[..., None] * steps // (num_levels - 1))
+    both = table[..., 1:] + table[..., :-1]
+    middle = (both / 2).float().view(torch.int32)
+    edges = (middle - low.int()[:, None, None]) >> shift.int()[:, None, None]
+    edges = edges.clamp_(0, SEARCH_BINS).flatten(1).long()
+    shares = 2 * moments[:, 1].gather(1, edges).view(both.shape)
+    shares -= both.mul_(moments[:, 0].gather(1, edges).view(both.shape))
+    count, total = moments[:, :, -1:].unbind(1)
+    top: Tensor = table[..., -1]
+    inner: Tensor = shares.mul_(table.diff(dim=2)).sum(2)
+    return inner + top * (top * count - 2 * total)
 
 
 def codes(values: Magnitudes, lo: Tensor, hi: Tensor, value_bits: int) -> tuple[Tensor, Tensor]:

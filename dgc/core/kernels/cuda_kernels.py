@@ -87,10 +87,10 @@ def _append(
     Example: edges = [0, 4], passed = [3], a block with two hits: the first goes to place 3, the
     second finds the buffer full, and passed becomes [5].
     """
-    count = tl.sum(hit.to(tl.int64))
+    count = tl.sum(hit.to(tl.int32))
     if count > 0:
-        slot = tl.load(edges + t) + tl.atomic_add(passed + t, count)
-        slot += tl.cumsum(hit.to(tl.int64)) - 1
+        slot = tl.load(edges + t) + tl.atomic_add(passed + t, count.to(tl.int64))
+        slot += tl.cumsum(hit.to(tl.int32)) - 1  # within a block, in half the registers
         fits = hit & (slot < tl.load(edges + t + 1))
         tl.store(where + slot, place, mask=fits)
         tl.store(what + slot, value, mask=fits)
@@ -208,7 +208,7 @@ def count_ties(
         at = tl.load(firsts + b) + tl.arange(0, BLOCK)
         inside = at < tl.load(numels + t)
         bits = _magnitude(v, tl.load(offsets + t) + at, inside)
-        tl.store(ties + b, tl.sum((inside & (bits == tl.load(exact + t))).to(tl.int64)))
+        tl.store(ties + b, tl.sum((inside & (bits == tl.load(exact + t))).to(tl.int32)))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -241,7 +241,7 @@ def collect(
         value = _load(v, place, inside)
         bits = (value.to(tl.int32, bitcast=True) & MAGNITUDE).to(tl.int64)
         tie = inside & (bits == tl.load(exact + t))
-        order = tl.load(before + b) + tl.cumsum(tie.to(tl.int64)) - 1
+        order = tl.load(before + b) + tl.cumsum(tie.to(tl.int32)) - 1
         hit = inside & (bits > tl.load(exact + t)) | (tie & (order < tl.load(rank + t)))
         hit = hit & (bits > 0)
         _append(hit, place, value, t, edges, passed, where, what)
