@@ -35,6 +35,10 @@ class Task(Protocol):
 
     def optimizer(self, model: nn.Module, lr: float) -> Optimizer: ...
 
+    def example(self, batch: int) -> Tensor:
+        """What the network is given in a step of one worker, in shape and dtype."""
+        ...
+
     def steps(self, workers: int, batch: int) -> int:
         """Training steps in an epoch."""
         ...
@@ -65,6 +69,9 @@ class Images:
             nesterov=True,
             weight_decay=5e-4,
         )
+
+    def example(self, batch: int) -> Tensor:
+        return _images(CPU).train_images[:batch]
 
     def steps(self, workers: int, batch: int) -> int:
         return len(_images(CPU).train_labels) // (workers * batch)
@@ -116,6 +123,9 @@ class Teacher:
     def optimizer(self, model: nn.Module, lr: float) -> Optimizer:
         return SGD(model.parameters(), lr, momentum=0.9)
 
+    def example(self, batch: int) -> Tensor:
+        return torch.zeros(batch, 16)
+
     def steps(self, workers: int, batch: int) -> int:
         return self._steps
 
@@ -158,10 +168,14 @@ class Text:
         torch.manual_seed(seed)
         return self.network()
 
+    def example(self, batch: int) -> Tensor:
+        return torch.zeros(batch, self.length, dtype=torch.int64)
+
     def steps(self, workers: int, batch: int) -> int:
         return self._steps
 
     def epoch(self, model: nn.Module, workers: int, batch: int, seed: int) -> Iterator[list[Loss]]:
+        model.train()
         text, generator = _text(_device(model))[0], torch.Generator().manual_seed(seed)
         for _ in range(self._steps):
             starts = torch.randint(
@@ -175,6 +189,7 @@ class Text:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> float:
+        model.eval()
         text = _text(_device(model))[1]
         starts = torch.arange(0, len(text) - self.length - 1, self.length, device=text.device)
         total = sum(len(own) * self._loss(model, text, own) for own in starts.split(64))
