@@ -5,14 +5,12 @@ are, and so where each section begins, is known on the device alone.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from dgc.core.kernels import codec_torch
+from dgc.core.kernels.checksum_torch import crc32
 from dgc.core.kernels.codec_torch import Coded, Section
 from dgc.core.rice import rice_code
 from dgc.core.sparse import SparseBatch
@@ -21,8 +19,6 @@ from dgc.train.frame import CHECKSUM_BYTES, FIXED_BYTES, NOT_FINITE, frame_head,
 
 _VARINT_BYTES = 5
 """Of the number of values, which is below 2^32."""
-_RUN = 256
-"""Bytes whose checksum is taken by one look-up each."""
 
 
 def encode_rice(
@@ -90,7 +86,7 @@ def assemble(
     for section in sections:
         _put_(message, section, at)
         at = at + section.size
-    checksum = _little_endian(crc32(message[:-1], at))
+    checksum = _little_endian(crc32(message[None, :-1], at.view(1))[0])
     _put_(message, Section(checksum, _size(checksum)), at)
     return message[:-1]
 
@@ -132,66 +128,3 @@ def _put_(message: Tensor, section: Section, at: Tensor) -> None:
     slots = torch.arange(section.data.numel(), device=message.device)
     inside = slots < section.size
     message.scatter_(0, torch.where(inside, slots + at, message.numel() - 1), section.data)
-
-
-def crc32(data: Tensor, size: Tensor) -> Tensor:
-    """zlib's CRC-32 of the first `size` ≥ 4 bytes of uint8 `[n]`: int64 `[]`.
-
-    A checksum is a sum over bits, without carries, of a constant for each bit's distance from the
-    end; leading zeros count nothing. So the bytes are moved to the end of a buffer, runs of them are
-    summed by tables, and the runs with one another.
-
-    Example:
-        >>> import zlib
-        >>> data = torch.arange(1000).byte()
-        >>> int(crc32(data, torch.tensor(900))) == zlib.crc32(bytes(data[:900].tolist()))
-        True
-    """
-    runs = -(-data.numel() // _RUN)
-    near, far = _checksum_tables(runs, data.device)
-    slots = torch.arange(runs * _RUN, device=data.device) - (runs * _RUN - size)
-    bytes_ = torch.where(slots >= 0, data[slots.clamp(0, data.numel() - 1)].long(), 0)
-    bytes_ = torch.where((slots >= 0) & (slots < 4), bytes_ ^ 0xFF, bytes_)
-    at = torch.arange(_RUN, device=data.device)
-    sums = _xor(near[at, bytes_.view(runs, _RUN)])
-    shifts = torch.arange(32, device=data.device)
-    return _xor(torch.where((sums[:, None] >> shifts & 1).bool(), far, 0).view(1, -1))[0] ^ (
-        0xFFFFFFFF
-    )
-
-
-def _xor(numbers: Tensor) -> Tensor:
-    """Each row of `[R, C]` folded by exclusive or, `[R]`."""
-    while numbers.shape[1] > 1:
-        if numbers.shape[1] % 2:
-            numbers = torch.nn.functional.pad(numbers, (0, 1))
-        left, right = numbers.chunk(2, 1)
-        numbers = left ^ right
-    return numbers.squeeze(1)
-
-
-@lru_cache(maxsize=64)
-def _checksum_tables(runs: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What a byte counts by its place in a run, `[256, 256]`, and a bit of a run's sum, `[runs, 32]`."""
-    step = np.arange(256, dtype=np.int64)
-    for _ in range(8):
-        step = np.where(step & 1, step >> 1 ^ 0xEDB88320, step >> 1)
-
-    def advanced(sums: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The sums after one more byte of zeros."""
-        moved: npt.NDArray[np.int64] = step[sums & 0xFF] ^ sums >> 8
-        return moved
-
-    near = [step]
-    for _ in range(_RUN - 1):
-        near.append(advanced(near[-1]))
-    basis = 1 << np.arange(32, dtype=np.int64)
-    over = basis
-    for _ in range(_RUN):
-        over = advanced(over)
-    far = [basis]
-    for _ in range(runs - 1):
-        bits = far[-1][:, None] >> np.arange(32) & 1
-        far.append(np.bitwise_xor.reduce(np.where(bits, over, 0), axis=1))
-    tables = np.stack(near[::-1]), np.stack(far[::-1])
-    return torch.from_numpy(tables[0]).to(device), torch.from_numpy(tables[1]).to(device)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from dgc.comm.exchange import CodedAllGather, DenseAllReduce, Pattern
 from dgc.core.layout import Layout
+from dgc.train.arrive import Expected
 from dgc.train.memory import Memory
 from dgc.train.recorded import Sender
-from dgc.train.step import Arrival, Sent, abstain, receive_
+from dgc.train.step import Arrival, Sent, abstain, message_plan, receive_
 from dgc.train.warmup import density_at
 
 
@@ -89,6 +90,7 @@ class CompressedBucket(Bucket):
         self.pattern: Pattern = CodedAllGather()
         self._sender = Sender(memory)
         self._sent: Sent | None = None
+        self._expected: Expected | None = None
         self._before: dict[int, dict[str, Tensor]] = {}
 
     def density(self, step: int) -> float:
@@ -103,6 +105,8 @@ class CompressedBucket(Bucket):
     ) -> Tensor:
         self._begin(self.memory, used, step)
         density = density_at(step, self.config)
+        counts = message_plan(self.layout.numels, density, self.config, self.memory.v.device)[0]
+        self._expected = Expected(self.config.value_bits, sum(counts))
         if grads is None:
             message, self._sent = abstain(self.memory, density)
         else:
@@ -115,7 +119,8 @@ class CompressedBucket(Bucket):
         self._before = {i: {k: t.clone() for k, t in self.tensors(i).items()} for i in unused}
 
     def receive_(self, gathered: Tensor, grads: Sequence[Tensor], rows: Sequence[Row]) -> Arrival:
-        return receive_(gathered, grads, [1 / (self.world_size * row.applied_lr) for row in rows])
+        scales = [1 / (self.world_size * row.applied_lr) for row in rows]
+        return receive_(gathered, grads, scales, self._expected)
 
     def put_back_(self) -> None:
         assert self._sent is not None, "put_back_ undoes a send"

@@ -16,6 +16,7 @@ from dgc.comm.hosts import Hosts
 from dgc.core import SparseBatch, kernels
 from dgc.core.layout import Layout
 from dgc.train import wire
+from dgc.train.arrive import Expected
 from dgc.train.bucket import CompressedBucket, Row, updates
 from dgc.train.memory import Memory
 from dgc.train.recorded import Sender
@@ -141,10 +142,14 @@ class HierarchicalBucket(CompressedBucket):
 
     def receive_(self, gathered: Tensor, grads: Sequence[Tensor], rows: Sequence[Row]) -> Arrival:
         finite, everyone = True, [False] * len(grads)
-        for messages, pieces in zip(gathered, self.parts, strict=True):
+        for part, (messages, pieces) in enumerate(zip(gathered, self.parts, strict=True)):
             runs = [grads[p.tensor].view(-1)[p.begin : p.end] for p in pieces]
             scales = [1 / (self.world_size * rows[p.tensor].applied_lr) for p in pieces]
-            arrival = receive_(messages, runs, scales)
+            counts = message_plan(self._numels(part), self._density, self.config, messages.device)[
+                0
+            ]
+            expected = Expected(self.config.value_bits, sum(counts))
+            arrival = receive_(messages, runs, scales, expected)
             finite &= arrival.finite
             for piece, used in zip(pieces, arrival.used, strict=True):
                 everyone[piece.tensor] |= used

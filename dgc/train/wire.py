@@ -283,13 +283,13 @@ def _add_(
 ) -> list[Header]:
     from dgc.core.kernels import codec_cpu
 
-    _check_dense(grads)
+    check_dense(grads)
     numels = tuple(grad.numel() for grad in grads)
     scales = np.empty(len(grads), np.float32)
     scales[:] = scale
     host = [_bytes(message) for message in messages]
     decoded = codec_cpu.each(lambda message: _decode(message, numels), host)
-    if all(grad.device.type == "cpu" for grad in grads):
+    if not grads or (grads[0].device.type == "cpu" and not kernels.codes_there(grads[0].device)):
         positions = np.concatenate([np.zeros(0, np.int64), *(each.positions for each in decoded)])
         values = np.concatenate([np.zeros(0, np.float32), *(each.values for each in decoded)])
         edges = np.cumsum([0, *(len(each.positions) for each in decoded)])
@@ -304,19 +304,17 @@ def _add_on_device_(
 ) -> None:
     if overwrite:
         torch._foreach_zero_(list(grads))
-    for each in decoded:
-        factors = np.repeat(scales, each.counts)
-        values = _upload(each.values * factors, grads[0].device)
-        starts = np.repeat(_starts(each.header.numels), each.counts)
-        indices = _upload(each.positions - starts, grads[0].device)
-        counts = each.counts.tolist()
-        runs = zip(grads, indices.split(counts), values.split(counts), strict=True)
-        for grad, where, what in runs:
-            # No index comes twice in a message, so the result does not depend on the order.
-            grad.view(-1).index_add_(0, where, what)
+    counts, device = [len(each.positions) for each in decoded], grads[0].device
+    if sum(counts):
+        positions = _upload(np.concatenate([each.positions for each in decoded]), device)
+        values = _upload(np.concatenate([each.values for each in decoded]), device)
+        numbers, factors = _upload(np.array(counts), device), scales.tolist()
+        runs = positions.split(counts), values.split(counts)
+        kernels.scatter_add_(grads, *runs, numbers, factors)
 
 
-def _check_dense(grads: Sequence[Tensor]) -> None:
+def check_dense(grads: Sequence[Tensor]) -> None:
+    """Refuse gradients that are not contiguous float32."""
     for grad in grads:
         if grad.dtype is not torch.float32 or not grad.is_contiguous():
             raise ConfigError(

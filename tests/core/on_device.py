@@ -1,5 +1,6 @@
 """The path of a GPU: on one, or without one in Triton's interpreter, and torch on the CPU."""
 
+import importlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,12 @@ from torch.utils._pytree import tree_leaves
 from dgc.core import kernels
 from dgc.core.kernels import graph
 
-LAUNCHED = ("check", "advance", "count_digits", "pick_digit", "count_ties", "collect", "subtract")
+LAUNCHED = {
+    "cuda_kernels": (
+        *("check", "advance", "count_digits", "pick_digit", "count_ties", "collect", "subtract"),
+    ),
+    "decode_kernels": ("read_frames", "measure", "place_ones", "finish", "add_values"),
+}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _INTERPRETER = threading.RLock()  # it works on one kernel at a time
 
@@ -52,10 +58,12 @@ def use_device_path(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     if DEVICE.type == "cuda":
         return
-    from dgc.core.kernels import cuda, cuda_kernels
+    from dgc.core.kernels import cuda
 
-    for name in LAUNCHED:
-        monkeypatch.setattr(cuda_kernels, name, Launched(getattr(cuda_kernels, name)))
+    for module, names in LAUNCHED.items():
+        kernels_of = importlib.import_module(f"dgc.core.kernels.{module}")
+        for name in names:
+            monkeypatch.setattr(kernels_of, name, Launched(getattr(kernels_of, name)))
     monkeypatch.setattr(kernels, "_for", lambda device: cuda)
     monkeypatch.setattr(kernels, "codes_there", lambda device: True)
     monkeypatch.setattr(graph, "Graph", Rerun)

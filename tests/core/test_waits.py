@@ -24,12 +24,12 @@ NUMELS = (3, 5000, 70, 9000)
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     use_device_path(monkeypatch)
-    from dgc.core.kernels import codec_torch, cuda
+    from dgc.core.kernels import checksum_torch, codec_torch, cuda
 
     caches = (cuda._blocks, cuda._wanted, codec_torch._table, layouts._uploaded)
     for cached in (
         *caches,
-        assemble._checksum_tables,
+        checksum_torch._checksum_tables,
         assemble._head,
     ):  # what other tests have made is not marked
         cached.cache_clear()

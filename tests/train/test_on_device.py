@@ -16,13 +16,13 @@ from torch.profiler import ProfilerActivity, profile
 import dgc
 from dgc.core import Sparse, SparseBatch
 from dgc.core.kernels import codec_reference
+from dgc.core.kernels.checksum_torch import crc32
 from dgc.core.kernels.codec_reference import Body
 from dgc.core.layout import Layout
 from dgc.core.quantize import VALUE_BITS
 from dgc.core.rice import rice_code
 from dgc.errors import ConfigError
 from dgc.train import wire
-from dgc.train.assemble import crc32
 from dgc.train.bucket import Row, updates
 from dgc.train.frame import read_frame
 from dgc.train.memory import Memory
@@ -213,11 +213,15 @@ def test_a_message_that_could_have_no_room_is_refused() -> None:
         wire.encode_batch(drawn(1000, 20), 4, message_bytes=30)
 
 
-@pytest.mark.parametrize("size", [4, 5, 255, 256, 257, 1000, 5000])
-def test_checksum(size: int) -> None:
-    data = torch.randint(256, (5000,), generator=torch.Generator().manual_seed(size)).byte()
-    found = crc32(data.to(DEVICE), torch.tensor(size, device=DEVICE))
-    assert int(found) == zlib.crc32(bytes(data[:size].tolist()))
+@pytest.mark.parametrize("width", [14, 255, 256, 5000])
+def test_checksum(width: int) -> None:
+    """Of rows of several sizes at a time."""
+    sizes = sorted({min(size, width) for size in (4, 5, 255, 256, 257, 1000, 5000)})
+    generator = torch.Generator().manual_seed(width)
+    data = torch.randint(256, (len(sizes), width), generator=generator).byte()
+    found = crc32(data.to(DEVICE), torch.tensor(sizes).to(DEVICE))
+    rows = zip(data.tolist(), sizes, strict=True)
+    assert found.tolist() == [zlib.crc32(bytes(row[:size])) for row, size in rows]
 
 
 def test_memory_beside_the_state_stays_under_a_twentieth() -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "codes_there",
     "dense",
     "release_",
+    "scatter_add_",
     "seed_of",
     "select_",
     "squared_norm",
@@ -209,3 +210,24 @@ def add_(v: Tensor, places: Tensor, values: Tensor, seed: int = 0) -> None:
         [4.0, 1.0]
     """
     _for(v.device).add_(v, places, values, seed)
+
+
+def scatter_add_(
+    grads: Sequence[Tensor],
+    positions: Sequence[Tensor],
+    values: Sequence[Tensor],
+    counts: Tensor,
+    scales: Sequence[float],
+) -> None:
+    """grads[t] += scales[t] · values of message after message; overwrites `grads`, not on a CPU.
+
+    Product and sum are rounded to float32 each. A GPU's host does not wait.
+
+    Args:
+        grads: T contiguous float32 tensors on the device of all the others.
+        positions: of each of P messages int64 `[K]`, all different, in the T tensors laid end to end.
+        values: of each message float32 `[K]`.
+        counts: int64 `[P]`, how many positions of each message count: the first ones.
+        scales: T factors.
+    """
+    _for(grads[0].device).scatter_add_(grads, positions, values, counts, scales)

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from dgc.core.kernels import cuda_kernels as triton_kernels
-from dgc.core.kernels import reference
+from dgc.core.kernels import decode_torch, reference
 from dgc.core.kernels.cuda_trim import Candidates, Wanted, remember_, room, target, trim, uploaded
 from dgc.core.layout import Layout
 from dgc.core.sparse import SparseBatch
 
 squared_norm = reference.squared_norm
+scatter_add_ = decode_torch.add_values_
 
 BLOCK, WARPS = 2048, 8
 """Elements of a program, all of one tensor, and its warps: of what was tried the fastest on an H100."""

@@ -116,3 +116,22 @@ def add_(v: Tensor, places: Tensor, values: Tensor, seed: int = 0) -> None:
     Example: v = [4, 9], places = [1], values = [-8]: v = [4, 1].
     """
     v[places] = rounded(v[places] + values, places, v.dtype, seed, V_BITS)
+
+
+def scatter_add_(
+    grads: Sequence[Tensor],
+    positions: Sequence[Tensor],
+    values: Sequence[Tensor],
+    counts: Tensor,
+    scales: Sequence[float],
+) -> None:
+    """grads[t] += scales[t] · values of message after message, for positions that differ.
+
+    Example: grads = [1, 1], [1], positions = [0, 2], values = [3, 5], scales = 1, 2: [4, 1], [11].
+    """
+    for where, what, count in zip(positions, values, counts.tolist(), strict=True):
+        start = 0
+        for grad, scale in zip(grads, scales, strict=True):
+            inside = (where[:count] >= start) & (where[:count] < start + grad.numel())
+            grad.view(-1)[where[:count][inside] - start] += what[:count][inside] * scale
+            start += grad.numel()

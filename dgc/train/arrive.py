@@ -1,0 +1,73 @@
+"""Messages read where they arrive, on a GPU; see `dgc.core.kernels.decode_torch`."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dgc.core import kernels
+from dgc.core.rice import rice_code
+from dgc.train.frame import FIXED_BYTES, NOT_FINITE, RICE, SOME_UNUSED, frame_head
+from dgc.train.wire import check_dense
+
+
+class Expected(NamedTuple):
+    """What the messages of a bucket are like, if all ranks make them on a GPU.
+
+    Attributes:
+        value_bits: width of a value code.
+        slots: the most values that one can hold.
+    """
+
+    value_bits: int
+    slots: int
+
+
+def set_mean_there_(
+    messages: Tensor, grads: Sequence[Tensor], scales: Sequence[float], expected: Expected
+) -> tuple[bool, tuple[bool, ...]] | None:
+    """As `wire.set_mean_`, where the messages are; the host reads once whether they are valid.
+
+    Args:
+        messages: uint8 `[P, bytes]`, on a device where messages are made.
+        grads: T contiguous float32 tensors there, overwritten.
+        scales: a factor for each tensor.
+        expected: what all messages should be like.
+
+    Returns:
+        Whether all messages are finite, and of each tensor whether one rank used it. None, and
+        nothing was written, if a message is not as expected: the host has to look at it.
+    """
+    from dgc.core.kernels import decode_torch
+
+    check_dense(grads)
+    numels = tuple(grad.numel() for grad in grads)
+    head = _head(numels, expected.value_bits, messages.device)
+    if not (expected.slots and len(messages) and messages.shape[1] > head.shape[1] + 4):
+        return None
+    low_bits = rice_code(sum(numels), expected.slots).low_bits
+    flags = NOT_FINITE, SOME_UNUSED, RICE
+    frame = decode_torch.Frame(head, numels, expected.value_bits, low_bits, expected.slots, *flags)
+    found = decode_torch.decode(messages.contiguous(), frame)
+    report = found.report.cpu().numpy()
+    bad, finite, used = report[:, 0], report[:, 1], report[:, 3:]
+    if bad.any():
+        return None
+    torch._foreach_zero_(list(grads))
+    kernels.scatter_add_(
+        grads, found.positions.unbind(), found.values.unbind(), found.counts, scales
+    )
+    return bool(finite.all()), tuple((used.sum(axis=0) > 0).tolist())
+
+
+@lru_cache(maxsize=1024)
+def _head(numels: tuple[int, ...], value_bits: int, device: torch.device) -> Tensor:
+    """`decode_torch.Frame.head`: the bytes up to the bitmap, but the code, length and some flags."""
+    expected = np.frombuffer(frame_head(numels, value_bits, 0, None), np.uint8).copy()
+    masks = np.full_like(expected, 0xFF)
+    masks[4] = 0xFF & ~(NOT_FINITE | SOME_UNUSED | RICE)
+    masks[5:FIXED_BYTES] = 0
+    return torch.from_numpy(np.stack([masks, expected & masks])).to(device)
