@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -10,8 +10,11 @@ from torch import Tensor
 
 from dgc.core import kernels
 from dgc.core.rice import rice_code
-from dgc.train.frame import FIXED_BYTES, NOT_FINITE, RICE, SOME_UNUSED, frame_head
+from dgc.train.frame import CHECKSUM_BYTES, FIXED_BYTES, NOT_FINITE, RICE, SOME_UNUSED, frame_head
 from dgc.train.wire import check_dense
+
+if TYPE_CHECKING:
+    from dgc.core.kernels.decode_torch import Frame
 
 
 class Expected(NamedTuple):
@@ -44,13 +47,11 @@ def set_mean_there_(
     from dgc.core.kernels import decode_torch
 
     check_dense(grads)
-    numels = tuple(grad.numel() for grad in grads)
-    head = _head(numels, expected.value_bits, messages.device)
-    if not (expected.slots and len(messages) and messages.shape[1] > head.shape[1] + 4):
+    if not (expected.slots and messages.shape[0]):
         return None
-    low_bits = rice_code(sum(numels), expected.slots).low_bits
-    flags = NOT_FINITE, SOME_UNUSED, RICE
-    frame = decode_torch.Frame(head, numels, expected.value_bits, low_bits, expected.slots, *flags)
+    frame = frame_of(tuple(grad.numel() for grad in grads), expected, messages.device)
+    if messages.shape[1] <= frame.head.shape[1] + CHECKSUM_BYTES:
+        return None
     found = decode_torch.decode(messages.contiguous(), frame)
     report = found.report.cpu().numpy()
     bad, finite, used = report[:, 0], report[:, 1], report[:, 3:]
@@ -61,6 +62,22 @@ def set_mean_there_(
         grads, found.positions.unbind(), found.values.unbind(), found.counts, scales
     )
     return bool(finite.all()), tuple((used.sum(axis=0) > 0).tolist())
+
+
+def frame_of(numels: tuple[int, ...], expected: Expected, device: torch.device) -> "Frame":
+    """What is expected, as `decode_torch.decode` takes it; at least one slot."""
+    from dgc.core.kernels.decode_torch import Frame
+
+    return Frame(
+        _head(numels, expected.value_bits, device),
+        numels,
+        expected.value_bits,
+        rice_code(sum(numels), expected.slots).low_bits,
+        expected.slots,
+        NOT_FINITE,
+        SOME_UNUSED,
+        RICE,
+    )
 
 
 @lru_cache(maxsize=1024)

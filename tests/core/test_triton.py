@@ -10,7 +10,8 @@ SCRIPT = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from dgc.core.kernels import cuda, cuda_kernels
+from dgc.core.kernels import cuda, cuda_kernels, decode_kernels, decode_torch
+from dgc.core.quantize import VALUE_BITS, parameter_bytes
 
 
 def assembly(kernel, types, constants):
@@ -37,6 +38,21 @@ for state, update, momentum in (("*fp32", True, True), ("*i16", True, True), ("*
     ptx += assembly(cuda_kernels.collect, types, block)
     assert "fma." not in ptx, "fused multiply-adds round otherwise than the reference"
     assert ".ftz" not in ptx, "denormals are flushed"
+
+block = {"BLOCK": decode_torch.BLOCK}
+sizes = dict.fromkeys(("width", "head_bytes", "num_tensors", "slots", "low_bits"), "i32")
+floats = {"values": "*fp32", "scales": "*fp32"}
+types = sizes | floats | {"messages": "*u8", "head": "*u8", "numel": "i64"}
+for bits in VALUE_BITS:
+    constants = {"VALUE_BITS": bits, "PARAMETER_BYTES": parameter_bytes(bits), **block}
+    flags = {"NOT_FINITE": 8, "SOME_UNUSED": 16, "RICE": 32}
+    assembly(decode_kernels.read_frames, types, constants | flags)
+    for levels in (1, 8):
+        assembly(decode_kernels.finish, types, constants | {"LEVELS": levels})
+assembly(decode_kernels.measure, types, block)
+assembly(decode_kernels.place_ones, types, block)
+ptx = assembly(decode_kernels.add_values, types, {"LEVELS": 8, **block})
+assert "fma." not in ptx and ".ftz" not in ptx
 """
 
 

@@ -11,10 +11,9 @@ import dgc
 from dgc.core import layout as layouts
 from dgc.core.layout import Layout
 from dgc.train import assemble
-from dgc.train.bucket import Row, updates
+from dgc.train.bucket import CompressedBucket, Row, updates
 from dgc.train.memory import Memory
 from dgc.train.recorded import Sender
-from dgc.train.step import receive_
 from tests.core.on_device import DEVICE, use_device_path
 from tests.core.waits import Waits
 
@@ -24,13 +23,15 @@ NUMELS = (3, 5000, 70, 9000)
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     use_device_path(monkeypatch)
-    from dgc.core.kernels import checksum_torch, codec_torch, cuda
+    from dgc.core.kernels import checksum_torch, codec_torch, cuda, decode_torch
+    from dgc.train import arrive
 
-    caches = (cuda._blocks, cuda._wanted, codec_torch._table, layouts._uploaded)
+    caches = (cuda._blocks, cuda._wanted, codec_torch._table, decode_torch._ends, arrive._head)
     for cached in (
         *caches,
         checksum_torch._checksum_tables,
         assemble._head,
+        layouts._uploaded,
     ):  # what other tests have made is not marked
         cached.cache_clear()
     with Waits() as mode:
@@ -68,18 +69,30 @@ def test_the_sender_does_not_wait(dtype: torch.dtype, value_bits: int, waits: Wa
         grads = [grad * 10**step for grad in normal(step, waits)]  # thresholds never fit
         waits.uploads.clear()
         with refused(DEVICE.type == "cuda" and step > 0):
-            message, sent = sender.send_(grads, row, 0.01, [True] * len(NUMELS))
+            _, sent = sender.send_(grads, row, 0.01, [True] * len(NUMELS))
         if step == 0:  # short tables are uploaded with a wait when they are first needed, and kept
             waits.found.clear()
     assert waits.found == waits.uploads == []  # but for one copy to where the recorded work looks
     assert sent.batch.values.abs().min() > 0
-    waits.found.clear()
 
-    # Whether all ranks apply the step is for the host to know: it reads what was gathered, once.
-    grads = normal(0, waits)
-    gathered = torch.stack([message] * 3)
-    receive_(gathered, grads, [1 / 3] * len(NUMELS))
+
+@pytest.mark.parametrize("value_bits", [1, 4, 32])
+def test_the_receiver_waits_once(value_bits: int, waits: Waits) -> None:
+    """Whether all ranks apply the step is for the host to know: it reads a line about each message."""
+    layout = Layout.of(NUMELS, DEVICE)
+    config = dgc.DGC(density=0.01, value_bits=value_bits)
+    bucket = CompressedBucket(Memory(layout, config), world_size=3)
+    rows, used = [Row()] * len(NUMELS), [True] * len(NUMELS)
+    message = bucket.send(normal(0, waits), rows, used, 0)
+    for step in range(2):
+        grads = normal(1, waits)
+        gathered = torch.stack([message] * 3)
+        waits.found.clear()
+        assert bucket.receive_(gathered, grads, rows) == (True, tuple(used))
+        if step == 0:  # short tables, kept
+            assert set(waits.found) <= {"cpu", "to"}
     assert waits.found == ["cpu"]
+    assert all(bool((grad != 0).any()) for grad in grads)
 
 
 def test_what_waits_is_noticed() -> None:

@@ -219,7 +219,7 @@ def scatter_add_(
     counts: Tensor,
     scales: Sequence[float],
 ) -> None:
-    """grads[t] += scales[t] · values of message after message; overwrites `grads`, not on a CPU.
+    """grads[t] += scales[t] · values of message after message; overwrites `grads`.
 
     Product and sum are rounded to float32 each. A GPU's host does not wait.
 
@@ -229,5 +229,12 @@ def scatter_add_(
         values: of each message float32 `[K]`.
         counts: int64 `[P]`, how many positions of each message count: the first ones.
         scales: T factors.
+
+    Example:
+        >>> grads, positions = [torch.ones(2), torch.ones(3)], torch.tensor([1, 2, 0])
+        >>> values, counts = torch.tensor([3.0, 5.0, 7.0]), torch.tensor([2])
+        >>> scatter_add_(grads, [positions], [values], counts, [1.0, 0.5])
+        >>> [grad.tolist() for grad in grads]
+        [[1.0, 4.0], [3.5, 1.0, 1.0]]
     """
     _for(grads[0].device).scatter_add_(grads, positions, values, counts, scales)

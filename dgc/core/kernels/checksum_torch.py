@@ -28,23 +28,22 @@ def crc32(data: Tensor, sizes: Tensor) -> Tensor:
     runs = -(-width // _RUN)
     near, far = _checksum_tables(runs, data.device)
     slots = torch.arange(-runs * _RUN, 0, device=data.device) + sizes[:, None]
-    bytes_ = data.gather(1, slots.clamp(0, width - 1)).int()
-    bytes_ = torch.where(slots < 4, bytes_ ^ 0xFF, bytes_).where(slots >= 0, 0)
+    bytes_ = data.gather(1, slots.clamp(0, width - 1)) ^ (slots < 4) * 0xFF
+    bytes_ = (bytes_ * (slots >= 0)).view(-1, _RUN)
     at = torch.arange(_RUN, device=data.device)
-    sums = _xor(near[at, bytes_.view(-1, _RUN)])
-    shifts = torch.arange(32, device=data.device)
-    bits = (sums[:, None] >> shifts & 1).bool().view(rows, runs, 32)
-    return _xor(torch.where(bits, far, 0).view(rows, -1)) ^ 0xFFFFFFFF
+    sums = _xor_(near[at, bytes_]).view(rows, runs, 1)
+    bits = sums >> torch.arange(32, device=data.device) & 1
+    return _xor_((bits * far).view(rows, -1)) ^ 0xFFFFFFFF
 
 
-def _xor(numbers: Tensor) -> Tensor:
-    """Each row of `[R, C]` folded by exclusive or, `[R]`."""
-    while numbers.shape[1] > 1:
-        if numbers.shape[1] % 2:
-            numbers = torch.nn.functional.pad(numbers, (0, 1))
-        left, right = numbers.chunk(2, 1)
-        numbers = left ^ right
-    return numbers.squeeze(1)
+def _xor_(numbers: Tensor) -> Tensor:
+    """Each row of `[R, C]` folded by exclusive or, `[R]`; overwrites `numbers`."""
+    size = numbers.shape[1]
+    while size > 1:
+        half = size // 2
+        numbers[:, :half].bitwise_xor_(numbers[:, size - half : size])
+        size -= half
+    return numbers[:, 0]
 
 
 @lru_cache(maxsize=64)

@@ -31,6 +31,7 @@ Floats = NDArray[np.float32]
 State = NDArray[np.float32] | NDArray[np.int16]
 
 add_ = reference.add_  # so few elements are not worth a loop
+scatter_add_ = reference.scatter_add_  # what messages hold goes through `codec_cpu.add_`
 
 MIN_PART = 1 << 14
 """Elements under which another thread costs more than it gives."""

@@ -314,7 +314,10 @@ def finish(
         tl.atomic_max(report + p * (REPORTED + num_tensors), 1)
 
 
-@triton.jit(do_not_specialize=["num_tensors"])  # type: ignore[untyped-decorator]
+@triton.jit(
+    do_not_specialize=["num_tensors"],
+    do_not_specialize_on_alignment=["positions", "values", "count"],
+)  # type: ignore[untyped-decorator]
 def add_values(
     addresses: "Any",
     ends: "Any",
