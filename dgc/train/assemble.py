@@ -5,6 +5,7 @@ are, and so where each section begins, is known on the device alone.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
