@@ -8,8 +8,8 @@ after thirty steps that let the residual grow.
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -17,15 +17,21 @@ from torch import Tensor
 
 from benchmarks.harness import medians_ms, peak_bytes, save, setup, table
 from benchmarks.shapes import resnet50
+from dgc.config import DGC
 from dgc.core import kernels
 from dgc.core.layout import Layout
 from dgc.core.select import ChunkedTopK, ExactTopK, Selector, ThresholdTopK, num_selected
 from dgc.train import wire
+from dgc.train.arrive import Expected
+from dgc.train.memory import Memory
+from dgc.train.recorded import Sender
+from dgc.train.step import message_plan, receive_
 
 NUMEL = 25_557_032
 DENSITY = 0.001
 VALUE_BITS = 4
 SETTLE_STEPS = 30
+RANKS = 4
 
 
 def gradient(seed: int) -> Tensor:
@@ -35,42 +41,36 @@ def gradient(seed: int) -> Tensor:
     return torch.randn(NUMEL, generator=generator).mul_(scale)
 
 
-@dataclass
-class Sender:
-    """One rank's memory, and the step that `dgc.train.step.send_` makes of it."""
+class Rank:
+    """One rank's memory, and its steps as training makes them."""
 
-    selector: Selector
-    numels: Sequence[int]
-    gradients: Sequence[Sequence[Tensor]]
-    dtype: torch.dtype = torch.float32
-    step: int = 0
-    layout: Layout = field(init=False)
+    def __init__(
+        self,
+        selector: Selector,
+        numels: Sequence[int],
+        gradients: Sequence[Sequence[Tensor]],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.numels, self.gradients, self.step = numels, gradients, 0
+        layout = Layout.of(numels, gradients[0][0].device)
+        config = DGC(density=DENSITY, value_bits=VALUE_BITS, selector=selector, state_dtype=dtype)
+        self.memory = Memory(layout, config)
+        self.sender = Sender(self.memory)
+        self.update = torch.tensor([[0.9, 1.0, 0.1, 0.0]]).repeat(len(numels), 1)
 
-    def __post_init__(self) -> None:
-        device = self.gradients[0][0].device
-        self.layout = Layout.of(self.numels, device)
-        self.u = torch.zeros(NUMEL, dtype=self.dtype, device=device)
-        self.v = torch.zeros_like(self.u)
-        self.update = torch.tensor([[0.9, 1.0, 0.1, 0.0]]).repeat(len(self.numels), 1)
-        self.counts = [num_selected(numel, DENSITY) for numel in self.numels]
-        self.bytes = wire.max_message_bytes(self.numels, self.counts, VALUE_BITS, device)
-        self.state = self.selector.state(self.layout)
-
-    def __call__(self) -> None:
+    def next(self) -> Sequence[Tensor]:
         self.step += 1
-        grads = self.gradients[self.step % len(self.gradients)]
-        seeds = kernels.seed_of(self.step, 0), kernels.seed_of(self.step, 1)
-        finite, batch = self.selector.accumulate_select_(
-            grads, self.u, self.v, self.layout, self.update, self.counts, self.state, seeds[0]
-        )
-        _, sent = wire.encode_batch(batch, VALUE_BITS, message_bytes=self.bytes, finite=finite)
-        kernels.release_(self.u, self.v, self.layout, batch, sent, masking=True, seed=seeds[1])
+        self.memory.begin(self.step)
+        return self.gradients[self.step % len(self.gradients)]
+
+    def __call__(self) -> Tensor:
+        used = [True] * len(self.numels)
+        return self.sender.send_(self.next(), self.update, DENSITY, used)[0]
 
     def accumulate(self) -> None:
-        self.step += 1
-        grads = self.gradients[self.step % len(self.gradients)]
+        memory = self.memory
         kernels.accumulate_(
-            grads, self.u, self.v, self.layout, self.update, kernels.seed_of(self.step)
+            self.next(), memory.u, memory.v, memory.layout, self.update, memory.seed()
         )
 
 
@@ -86,24 +86,24 @@ def bare_update(gradients: Sequence[Tensor]) -> Callable[[], None]:
     return update
 
 
-def parts(sender: Sender) -> dict[str, Callable[[], object]]:
-    """The stages of a step, each on its own, on a copy of the state of `sender`."""
-    grads, v = sender.gradients[0], sender.v.clone()
-    idle = Sender(sender.selector, sender.numels, sender.gradients)
-    batch = ExactTopK().select_(v, sender.layout, sender.counts, None)
+def parts(rank: Rank) -> dict[str, Callable[[], object]]:
+    """The stages of a step, each on its own, on a copy of the state of `rank`."""
+    grads, v, layout = rank.gradients[0], rank.memory.v.clone(), rank.memory.layout
+    idle = Rank(rank.memory.config.selector, rank.numels, rank.gradients)
+    counts, size = message_plan(layout.numels, DENSITY, rank.memory.config, v.device)
+    batch = ExactTopK().select_(v, layout, counts, None)
     nothing = torch.zeros_like(batch.values)
-
-    def encode() -> object:
-        return wire.encode_batch(batch, VALUE_BITS, message_bytes=sender.bytes)
-
-    def release() -> None:
-        kernels.release_(None, v, sender.layout, batch, nothing, masking=False)
-
+    gathered = torch.stack([rank().clone() for _ in range(RANKS)])
+    means = [torch.empty_like(grad) for grad in grads]
+    scales, expected = [1 / RANKS] * len(means), Expected(VALUE_BITS, sum(counts))
     return {
         "part: squared norm of the gradients": lambda: kernels.squared_norm(grads),
         "part: accumulate, with its check for finite": idle.accumulate,
-        "part: quantise and encode": encode,
-        "part: release": release,
+        "part: quantise and encode": lambda: wire.encode_batch(
+            batch, VALUE_BITS, message_bytes=size
+        ),
+        "part: release": lambda: kernels.release_(None, v, layout, batch, nothing, masking=False),
+        f"receive {RANKS} messages": lambda: receive_(gathered, means, scales, expected),
     }
 
 
@@ -114,16 +114,19 @@ def measure(
     whole = [gradient(seed).to(device) for seed in range(1, 5)]
     split = [[part.clone() for part in g.split(list(numels))] for g in whole]
     senders = {
-        "sender, threshold": Sender(ThresholdTopK(), numels, split),
-        "sender, exact": Sender(ExactTopK(), numels, split),
-        "sender, chunks of 4096": Sender(ChunkedTopK(), numels, split),
-        "sender, threshold, bf16 state": Sender(ThresholdTopK(), numels, split, torch.bfloat16),
+        "sender, threshold": Rank(ThresholdTopK(), numels, split),
+        "sender, exact": Rank(ExactTopK(), numels, split),
+        "sender, chunks of 4096": Rank(ChunkedTopK(), numels, split),
+        "sender, threshold, bf16 state": Rank(ThresholdTopK(), numels, split, torch.bfloat16),
     }
+    if device != "cpu":
+        senders["sender, threshold, not recorded"] = Rank(ThresholdTopK(), numels, split)
+        senders["sender, threshold, not recorded"].sender.unrecorded = sys.maxsize
     for sender in senders.values():
         for _ in range(SETTLE_STEPS):
             sender()
     half = torch.empty(NUMEL, dtype=torch.float16, device=device)
-    flat = senders["sender, exact"].v
+    flat = senders["sender, exact"].memory.v
     k = num_selected(NUMEL, DENSITY)
     others = {
         "bare update: u.mul_(m).add_(g); v.add_(u)": bare_update(whole),
@@ -133,7 +136,7 @@ def measure(
     stages = parts(senders["sender, threshold"])
     times = medians_ms({**others, **senders, **stages}, rounds)
     memory = {
-        name: 100 * peak_bytes(sender, device) / (sender.u.nbytes + sender.v.nbytes)
+        name: 100 * peak_bytes(sender, device) / (2 * sender.memory.v.nbytes)
         for name, sender in senders.items()
     }
     return times, memory

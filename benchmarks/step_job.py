@@ -47,16 +47,16 @@ class _Layer(torch.autograd.Function):
 class ShapeNet(nn.Module):
     """Parameters of the given shapes; `forward(step)` is a loss with noise as their gradients."""
 
-    def __init__(self, wanted: list[tuple[int, ...]], seed: int) -> None:
+    def __init__(self, wanted: list[tuple[int, ...]], seed: int, device: str = "cpu") -> None:
         super().__init__()
-        self.weights = nn.ParameterList([torch.zeros(shape) for shape in wanted])
+        self.weights = nn.ParameterList([torch.zeros(shape, device=device) for shape in wanted])
         self.numels = [p.numel() for p in self.weights]
         drawn = torch.Generator().manual_seed(seed)
-        self.noise = torch.randn(sum(self.numels) + _SPARE, generator=drawn) ** 3
+        self.noise = (torch.randn(sum(self.numels) + _SPARE, generator=drawn) ** 3).to(device)
 
     def forward(self, step: int) -> Tensor:
         start = step * 104_729 % _SPARE
-        x = torch.ones((), requires_grad=True)
+        x = torch.ones((), requires_grad=True, device=self.noise.device)
         pieces = self.noise[start : start + sum(self.numels)].split(self.numels)
         for weight, noise in zip(self.weights, pieces, strict=True):
             x = _Layer.apply(x, weight, noise.view_as(weight))
