@@ -47,9 +47,12 @@ def set_mean_there_(
     from dgc.core.kernels import decode_torch
 
     check_dense(grads)
-    if not (expected.slots and messages.shape[0]):
+    numels = tuple(grad.numel() for grad in grads)
+    if messages.dtype is not torch.uint8 or messages.dim() != 2 or not messages.shape[0]:
         return None
-    frame = frame_of(tuple(grad.numel() for grad in grads), expected, messages.device)
+    if not 0 < expected.slots <= sum(numels) or grads[0].device != messages.device:
+        return None
+    frame = frame_of(numels, expected, messages.device)
     if messages.shape[1] <= frame.head.shape[1] + CHECKSUM_BYTES:
         return None
     found = decode_torch.decode(messages.contiguous(), frame)

@@ -197,6 +197,7 @@ INVALID = {
     "version": (4, seal(b"DGC\2" + body()[4:])),
     "flag": (4, body(flags=0x63)),
     "width": (4, body(flags=0x27)),
+    "no Rice code": (4, body(flags=0x03)),
     "checksum": (4, body()[:-1] + bytes([body()[-1] ^ 1])),
     "length": (4, body()[:6] + b"\x10" + body()[7:]),
     "length beyond": (4, body()[:6] + b"\xff\xff\xff\xff" + body()[10:]),
@@ -322,6 +323,10 @@ def test_what_is_not_as_expected_is_left_to_the_host(monkeypatch: pytest.MonkeyP
         if name not in ("nothing", "not finite", "unused"):
             found = set_mean_there_(padded(messages), grads, SCALES, Expected(4, sum(COUNTS)))
             assert found is None, name
+    valid = padded([drawn(0)])
+    rows = valid[:0], valid[0], valid.int(), valid[:, :14]
+    for messages, slots in (*((each, sum(COUNTS)) for each in rows), (valid, 0), (valid, 9999)):
+        assert set_mean_there_(messages, grads, SCALES, Expected(4, slots)) is None
     assert [grad.view(torch.int32).tolist() for grad in grads] == UNTOUCHED
 
 
