@@ -121,7 +121,7 @@ def measure(
     }
     if device != "cpu":
         senders["sender, threshold, not recorded"] = Rank(ThresholdTopK(), numels, split)
-        senders["sender, threshold, not recorded"].sender.unrecorded = sys.maxsize
+        senders["sender, threshold, not recorded"].sender.recorder.unrecorded = sys.maxsize
     for sender in senders.values():
         for _ in range(SETTLE_STEPS):
             sender()

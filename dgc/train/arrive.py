@@ -1,6 +1,5 @@
 """Messages read where they arrive, on a GPU; see `dgc.core.kernels.decode_torch`."""
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -8,13 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgc.core import kernels
 from dgc.core.rice import rice_code
 from dgc.train.frame import CHECKSUM_BYTES, FIXED_BYTES, NOT_FINITE, RICE, SOME_UNUSED, frame_head
-from dgc.train.wire import check_dense
 
 if TYPE_CHECKING:
-    from dgc.core.kernels.decode_torch import Frame
+    from dgc.core.kernels.decode_torch import Decoded, Frame
 
 
 class Expected(NamedTuple):
@@ -29,58 +26,46 @@ class Expected(NamedTuple):
     slots: int
 
 
-def set_mean_there_(
-    messages: Tensor, grads: Sequence[Tensor], scales: Sequence[float], expected: Expected
-) -> tuple[bool, tuple[bool, ...]] | None:
-    """As `wire.set_mean_`, where the messages are; the host reads once whether they are valid.
+def frame_of(messages: Tensor, numels: tuple[int, ...], expected: Expected) -> "Frame | None":
+    """What all of P ≥ 1 messages `[P, bytes]` should be like; None if none can be like that."""
+    from dgc.core.kernels.decode_torch import Frame
 
-    Args:
-        messages: uint8 `[P, bytes]`, on a device where messages are made.
-        grads: T contiguous float32 tensors there, overwritten.
-        scales: a factor for each tensor.
-        expected: what all messages should be like.
-
-    Returns:
-        Whether all messages are finite, and of each tensor whether one rank used it. None, and
-        nothing was written, if a message is not as expected: the host has to look at it.
-    """
-    from dgc.core.kernels import decode_torch
-
-    check_dense(grads)
-    numels = tuple(grad.numel() for grad in grads)
     if messages.dtype is not torch.uint8 or messages.dim() != 2 or not messages.shape[0]:
         return None
-    if not 0 < expected.slots <= sum(numels) or grads[0].device != messages.device:
+    if not 0 < expected.slots <= sum(numels):
         return None
-    frame = frame_of(numels, expected, messages.device)
-    if messages.shape[1] <= frame.head.shape[1] + CHECKSUM_BYTES:
+    head = _head(numels, expected.value_bits, messages.device)
+    if messages.shape[1] <= head.shape[1] + CHECKSUM_BYTES:
         return None
-    found = decode_torch.decode(messages.contiguous(), frame)
+    low_bits = rice_code(sum(numels), expected.slots).low_bits
+    flags = NOT_FINITE, SOME_UNUSED, RICE
+    return Frame(head, numels, expected.value_bits, low_bits, expected.slots, *flags)
+
+
+def read(messages: Tensor, frame: "Frame") -> "Decoded":
+    """See `decode_torch.decode`."""
+    from dgc.core.kernels import decode_torch
+
+    return decode_torch.decode(messages, frame)
+
+
+def verdict(found: "Decoded") -> tuple[bool, tuple[bool, ...]] | None:
+    """Whether all messages are finite, and of each tensor whether one rank used it.
+
+    The host waits for it. None if a message is not as expected: the host has to look at it.
+    """
     report = found.report.cpu().numpy()
     bad, finite, used = report[:, 0], report[:, 1], report[:, 3:]
     if bad.any():
         return None
-    torch._foreach_zero_(list(grads))
-    kernels.scatter_add_(
-        grads, found.positions.unbind(), found.values.unbind(), found.counts, scales
-    )
     return bool(finite.all()), tuple((used.sum(axis=0) > 0).tolist())
 
 
-def frame_of(numels: tuple[int, ...], expected: Expected, device: torch.device) -> "Frame":
-    """What is expected, as `decode_torch.decode` takes it; at least one slot."""
-    from dgc.core.kernels.decode_torch import Frame
+def write_(addresses: Tensor, factors: Tensor, numels: tuple[int, ...], found: "Decoded") -> None:
+    """See `decode_torch.set_values_`."""
+    from dgc.core.kernels import decode_torch
 
-    return Frame(
-        _head(numels, expected.value_bits, device),
-        numels,
-        expected.value_bits,
-        rice_code(sum(numels), expected.slots).low_bits,
-        expected.slots,
-        NOT_FINITE,
-        SOME_UNUSED,
-        RICE,
-    )
+    decode_torch.set_values_(addresses, factors, numels, found)
 
 
 @lru_cache(maxsize=1024)

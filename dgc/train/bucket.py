@@ -10,8 +10,8 @@ from dgc.comm.exchange import CodedAllGather, DenseAllReduce, Pattern
 from dgc.core.layout import Layout
 from dgc.train.arrive import Expected
 from dgc.train.memory import Memory
-from dgc.train.recorded import Sender
-from dgc.train.step import Arrival, Sent, abstain, message_plan, receive_
+from dgc.train.recorded import Receiver, Sender
+from dgc.train.step import Arrival, Sent, abstain, message_plan
 from dgc.train.warmup import density_at
 
 
@@ -88,7 +88,7 @@ class CompressedBucket(Bucket):
         self.memory, self.world_size = memory, world_size
         self.layout, self.config = memory.layout, memory.config
         self.pattern: Pattern = CodedAllGather()
-        self._sender = Sender(memory)
+        self._sender, self._receiver = Sender(memory), Receiver()
         self._sent: Sent | None = None
         self._expected: Expected | None = None
         self._before: dict[int, dict[str, Tensor]] = {}
@@ -120,7 +120,7 @@ class CompressedBucket(Bucket):
 
     def receive_(self, gathered: Tensor, grads: Sequence[Tensor], rows: Sequence[Row]) -> Arrival:
         scales = [1 / (self.world_size * row.applied_lr) for row in rows]
-        return receive_(gathered, grads, scales, self._expected)
+        return self._receiver.receive_(gathered, grads, scales, self._expected)
 
     def put_back_(self) -> None:
         assert self._sent is not None, "put_back_ undoes a send"

@@ -19,8 +19,8 @@ from dgc.train import wire
 from dgc.train.arrive import Expected
 from dgc.train.bucket import CompressedBucket, Row, updates
 from dgc.train.memory import Memory
-from dgc.train.recorded import Sender
-from dgc.train.step import Arrival, Sent, message_plan, receive_
+from dgc.train.recorded import Receiver, Sender
+from dgc.train.step import Arrival, Sent, message_plan
 from dgc.train.warmup import density_at
 
 
@@ -63,7 +63,7 @@ class HierarchicalBucket(CompressedBucket):
         self.parts = [pieces_of(self.layout, *self.starts[i : i + 2]) for i in range(ranks)]
         device, own = self.layout.table.device, hosts.inside.rank
         self.part = memory.part(Layout.of(self._numels(own), device), self.starts[own])
-        self._sender = Sender(self.part)
+        self._sender, self._receivers = Sender(self.part), [Receiver() for _ in self.parts]
         self._payload: Tensor | None = None
         self.restored()
 
@@ -145,11 +145,9 @@ class HierarchicalBucket(CompressedBucket):
         for part, (messages, pieces) in enumerate(zip(gathered, self.parts, strict=True)):
             runs = [grads[p.tensor].view(-1)[p.begin : p.end] for p in pieces]
             scales = [1 / (self.world_size * rows[p.tensor].applied_lr) for p in pieces]
-            counts = message_plan(self._numels(part), self._density, self.config, messages.device)[
-                0
-            ]
-            expected = Expected(self.config.value_bits, sum(counts))
-            arrival = receive_(messages, runs, scales, expected)
+            plan = message_plan(self._numels(part), self._density, self.config, messages.device)
+            expected = Expected(self.config.value_bits, sum(plan[0]))
+            arrival = self._receivers[part].receive_(messages, runs, scales, expected)
             finite &= arrival.finite
             for piece, used in zip(pieces, arrival.used, strict=True):
                 everyone[piece.tensor] |= used

@@ -1,60 +1,58 @@
-"""`send_` of a bucket on a GPU, recorded: its hundreds of small operations become one launch.
+"""A bucket's work on a GPU, recorded: its many small operations become one launch.
 
 On the host they take several times as long as on the GPU. They are the same in every step, but for
-where the gradients lie, how they enter, and the seeds; these are uploaded in one piece.
-Shapes: T tensors in the bucket.
+where the gradients lie, what enters with them, and the seeds; these are uploaded in one piece.
+Shapes: T tensors in the bucket, P ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from dgc.core import kernels
 from dgc.core.kernels import graph
+from dgc.train import arrive
+from dgc.train.arrive import Expected
 from dgc.train.memory import Memory
-from dgc.train.step import Sent, send_
+from dgc.train.step import Arrival, Sent, receive_, send_
+from dgc.train.wire import check_dense
 
+if TYPE_CHECKING:
+    from dgc.core.kernels.decode_torch import Decoded
+
+T = TypeVar("T")
 _SEEDS = 2
 """As many as `send_` needs."""
 
 
-class Sender:
-    """Calls `send_`, and on a GPU records it when it is asked for the same again and again.
-
-    What it returns is overwritten by the next call.
+class Recorder(Generic[T]):
+    """Runs the same work again and again, and records it when it was asked for often enough.
 
     Attributes:
         unrecorded: how many calls that ask for the same, one after the other, precede a recording.
-            The density changes step by step during warm-up.
+            During warm-up the density changes step by step.
     """
 
     unrecorded = 3
 
-    def __init__(self, memory: Memory) -> None:
-        self.memory = memory
-        self._same: tuple[float, tuple[bool, ...]] | None = None
+    def __init__(self) -> None:
+        self._same: object = None
         self._calls = 0
-        self._graph: graph.Graph[tuple[Tensor, Sent]] | None = None
-        self._told: Tensor | None = None
+        self._graph: graph.Graph[T] | None = None
 
-    def send_(
-        self, grads: Sequence[Tensor], update: Tensor, density: float, used: Sequence[bool]
-    ) -> tuple[Tensor, Sent]:
-        """As `dgc.train.step.send_`."""
-        memory = self.memory
-        there = kernels.codes_there(memory.v.device)
-        if not (there and memory.config.selector.recordable) or graph.recording():
-            return send_(memory, grads, update, density, used)
-        entering = kernels.dense(grads)  # held here until the work that reads it is launched
-        told = self._tell(kernels.addresses(entering), update)
-        addresses, rows, seeds = told.split([len(grads), 2 * len(grads), _SEEDS])
-        rows = rows.view(torch.float32).view(-1, 4)
+    @property
+    def recorded(self) -> bool:
+        return self._graph is not None
 
-        def work() -> tuple[Tensor, Sent]:
-            return send_(memory, addresses, rows, density, used, seeds.unbind())
+    def run(self, same: object, work: Callable[[], T]) -> T:
+        """What `work` returns; tensors of it are overwritten by the next call.
 
-        same = density, tuple(used)
+        Args:
+            same: equal in two calls if `work` launches the same, on tensors that have not moved.
+            work: see `graph.Graph`.
+        """
         if same != self._same:
             self._same, self._calls, self._graph = same, 0, None
         self._calls += 1
@@ -64,10 +62,87 @@ class Sender:
             self._graph = graph.Graph(work)
         return self._graph.replay()
 
-    def _tell(self, addresses: Tensor, update: Tensor) -> Tensor:
-        """Addresses, rows and seeds on the device, int64 `[T + 2·T + 2]`, always at the same place."""
-        seeds = torch.tensor([self.memory.seed() for _ in range(_SEEDS)])
-        told = torch.cat([addresses, update.view(-1).view(torch.int64), seeds])
-        if self._told is None:
-            self._told = torch.empty_like(told, device=self.memory.v.device)
-        return self._told.copy_(told, non_blocking=True)
+
+class _Place:
+    """A tensor on the device that stays where it is, for what changes from step to step."""
+
+    def __init__(self) -> None:
+        self._tensor = torch.empty(0)
+
+    def put(self, values: Tensor, device: torch.device) -> Tensor:
+        """`values` there; the host does not wait."""
+        if self._tensor.shape != values.shape:
+            self._tensor = torch.empty_like(values, device=device)
+        return self._tensor.copy_(values, non_blocking=True)
+
+
+class Sender:
+    """`send_` of one memory. What it returns is overwritten by the next call."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.recorder: Recorder[tuple[Tensor, Sent]] = Recorder()
+        self._told = _Place()
+
+    def send_(
+        self, grads: Sequence[Tensor], update: Tensor, density: float, used: Sequence[bool]
+    ) -> tuple[Tensor, Sent]:
+        """As `dgc.train.step.send_`."""
+        memory, device = self.memory, self.memory.v.device
+        there = kernels.codes_there(device) and not graph.recording()
+        if not (there and memory.config.selector.recordable):
+            return send_(memory, grads, update, density, used)
+        entering = kernels.dense(grads)  # held here until the work that reads it is launched
+        own = torch.tensor([memory.seed() for _ in range(_SEEDS)])
+        facts = kernels.addresses(entering), update.view(-1).view(torch.int64), own
+        told = self._told.put(torch.cat(facts), device)
+        addresses, rows, seeds = told.split([len(grads), 2 * len(grads), _SEEDS])
+        rows = rows.view(torch.float32).view(-1, 4)
+
+        def work() -> tuple[Tensor, Sent]:
+            return send_(memory, addresses, rows, density, used, seeds.unbind())
+
+        return self.recorder.run((density, tuple(used)), work)
+
+
+class Receiver:
+    """`receive_` of one bucket."""
+
+    def __init__(self) -> None:
+        self._read: Recorder[Decoded] = Recorder()
+        self._write: Recorder[None] = Recorder()
+        self._messages, self._told = _Place(), _Place()
+
+    def receive_(
+        self,
+        messages: Tensor,
+        grads: Sequence[Tensor],
+        scales: Sequence[float],
+        expected: Expected | None,
+    ) -> Arrival:
+        """As `dgc.train.step.receive_`."""
+        device, numels = messages.device, tuple(grad.numel() for grad in grads)
+        there = kernels.codes_there(device) and grads[0].device == device
+        frame = None
+        if there and expected is not None and not graph.recording():
+            frame = arrive.frame_of(messages, numels, expected)
+        if frame is None:
+            return receive_(messages, grads, scales)
+        check_dense(grads)
+        kept, same = self._messages.put(messages, device), (messages.shape, expected)
+        found = self._read.run(same, lambda: arrive.read(kept, frame))
+        verdict = arrive.verdict(found)
+        if verdict is None:
+            return receive_(messages, grads, scales)
+        factors = torch.tensor(scales, dtype=torch.float32).view(torch.int32).long()
+        told = self._told.put(torch.cat([kernels.addresses(grads), factors]), device)
+        addresses, factors = told.split(len(grads))
+
+        def work() -> None:
+            arrive.write_(addresses, factors.int().view(torch.float32), numels, found)
+
+        if self._read.recorded:  # else what was found lies elsewhere in each step
+            self._write.run(same, work)
+        else:
+            work()
+        return Arrival(*verdict)

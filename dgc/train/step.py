@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from dgc.config import DGC
-from dgc.core import SparseBatch, kernels, num_selected
+from dgc.core import SparseBatch, num_selected
 from dgc.train import wire
-from dgc.train.arrive import Expected, set_mean_there_
 from dgc.train.memory import Memory
 
 
@@ -97,27 +96,17 @@ class Arrival(NamedTuple):
     used: tuple[bool, ...]
 
 
-def receive_(
-    messages: Tensor,
-    grads: Sequence[Tensor],
-    scales: Sequence[float],
-    expected: Expected | None = None,
-) -> Arrival:
+def receive_(messages: Tensor, grads: Sequence[Tensor], scales: Sequence[float]) -> Arrival:
     """g̅ ← scale · Σ_i scatter(S_i, q_i): decode `[P, bytes]` messages into dense gradients.
 
     Args:
         messages: uint8 `[P, bytes]`.
         grads: T contiguous float32 tensors, overwritten.
         scales: a factor for each tensor, 1/P and what undoes the folded learning rate.
-        expected: what the messages should be like; where a GPU made them, it then reads them too.
 
     Raises:
         WireError: a message was damaged on its way.
     """
-    if expected is not None and kernels.codes_there(messages.device):
-        found = set_mean_there_(messages, grads, scales, expected)
-        if found is not None:
-            return Arrival(*found)
     heads = wire.set_mean_(messages, grads, scales)
     used = zip(*(head.used for head in heads), strict=True)
     return Arrival(all(head.finite for head in heads), tuple(any(ranks) for ranks in used))

@@ -10,7 +10,7 @@ SCRIPT = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from dgc.core.kernels import cuda, cuda_kernels, decode_kernels, decode_torch
+from dgc.core.kernels import cuda_kernels, cuda_tables, decode_kernels, decode_torch
 from dgc.core.quantize import VALUE_BITS, parameter_bytes
 
 
@@ -23,9 +23,10 @@ def assembly(kernel, types, constants):
     return compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["ptx"]
 
 
-block = {"BLOCK": cuda.BLOCK}
+block = {"BLOCK": cuda_tables.BLOCK}
 assembly(cuda_kernels.check, {}, block)
 assembly(cuda_kernels.pick_digit, {}, {})
+assembly(decode_kernels.clear, {}, block)
 for state, update, momentum in (("*fp32", True, True), ("*i16", True, True), ("*i16", False, False)):
     types = {"u": state, "v": state, "rows": "*fp32", "low": "*i32", "what": "*fp32"}
     constants = {"UPDATE": update, "MOMENTUM": momentum, **block}

@@ -50,7 +50,7 @@ class Waits(TorchFunctionMode):
         elif name == "repeat_interleave":
             waits = any(on_gpu) and "output_size" not in kwargs
         elif placed and not any(on_gpu):
-            made_there = name in ("zeros", "empty", "arange", "full")
+            made_there = name in ("zeros", "empty", "empty_like", "arange", "full")
             waits = not made_there and not kwargs.get("non_blocking")
             self.uploads += [] if made_there else [name]
         else:

@@ -23,42 +23,20 @@ from torch import Tensor
 
 from dgc.core.kernels import cuda_kernels as triton_kernels
 from dgc.core.kernels import decode_torch, reference
-from dgc.core.kernels.cuda_trim import Candidates, Wanted, remember_, room, target, trim, uploaded
+from dgc.core.kernels.cuda_tables import BLOCK, Blocks, blocks_of, uploaded
+from dgc.core.kernels.cuda_trim import Candidates, Wanted, remember_, room, target, trim
 from dgc.core.layout import Layout
 from dgc.core.sparse import SparseBatch
 
 squared_norm = reference.squared_norm
 scatter_add_ = decode_torch.add_values_
 
-BLOCK, WARPS = 2048, 8
-"""Elements of a program, all of one tensor, and its warps: of what was tried the fastest on an H100."""
+WARPS = 8
+"""Of a program that updates the state: with `BLOCK` the fastest of what was tried on an H100."""
 NOTHING = 0x7FFFFFFF
 """A threshold, as bits, that no element reaches."""
 _SHIFTS = (24, 16, 8, 0)
 """Where the digits of a bit pattern begin, the highest first."""
-
-
-class _Blocks(NamedTuple):
-    """Which tensor each program works on, and from which of its elements; int64, on the device.
-
-    Attributes:
-        leads: the first program of the same tensor.
-    """
-
-    owners: Tensor
-    firsts: Tensor
-    numels: Tensor
-    leads: Tensor
-
-
-@lru_cache(maxsize=1024)
-def _blocks(numels: tuple[int, ...], device: torch.device) -> _Blocks:
-    sizes = torch.tensor(numels, dtype=torch.int64)
-    per_tensor = (sizes + BLOCK - 1) // BLOCK
-    owners = torch.arange(len(numels)).repeat_interleave(per_tensor)
-    leads = (per_tensor.cumsum(0) - per_tensor)[owners]
-    firsts = (torch.arange(owners.numel()) - leads) * BLOCK
-    return _Blocks(*(table.to(device) for table in (owners, firsts, sizes, leads)))
 
 
 @lru_cache(maxsize=1024)
@@ -166,7 +144,7 @@ def _pass(
 ) -> _Found:
     """Check, update and collect, and collect again what was not collected well."""
     device = v.device
-    blocks, wanted = _blocks(layout.numels, device), _wanted(counts, layout.numels, device)
+    blocks, wanted = blocks_of(layout.numels, device), _wanted(counts, layout.numels, device)
     low = _bits(wanted, blocks.numels, thresholds)
     # The last element counts gradients that are not finite.
     report = torch.zeros(len(counts) + 1, dtype=torch.int64, device=device)
@@ -219,7 +197,7 @@ def _bits(wanted: Wanted, numels: Tensor, thresholds: Tensor | None) -> Tensor:
 
 
 def _collect_again_(
-    found: _Found, again: Tensor, v: Tensor, layout: Layout, blocks: _Blocks, wanted: Wanted
+    found: _Found, again: Tensor, v: Tensor, layout: Layout, blocks: Blocks, wanted: Wanted
 ) -> None:
     """Of each tensor t with again[t] collect the aims[t] largest, of equal ones the first."""
     grid, tensors = (blocks.owners.numel(),), (again.numel(),)

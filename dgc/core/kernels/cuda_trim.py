@@ -3,7 +3,6 @@
 All sizes are known on the host; what depends on values stays on the device.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,11 +53,6 @@ class Candidates(NamedTuple):
     places: Tensor
     values: Tensor
     passed: Tensor
-
-
-def uploaded(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """`numbers` as int64 on `device`; the host does not wait for it."""
-    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def room(count: int, numel: int) -> int:

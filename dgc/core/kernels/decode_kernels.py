@@ -314,6 +314,18 @@ def finish(
         tl.atomic_max(report + p * (REPORTED + num_tensors), 1)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def clear(
+    addresses: "Any", owners: "Any", firsts: "Any", numels: "Any", BLOCK: tl.constexpr
+) -> None:
+    """Set the float32 of a block to zero."""
+    b = tl.program_id(0)
+    t = tl.load(owners + b)
+    at = tl.load(firsts + b) + tl.arange(0, BLOCK)
+    to = tl.load(addresses + t).to(tl.pointer_type(tl.float32)) + at
+    tl.store(to, tl.zeros([BLOCK], tl.float32), mask=at < tl.load(numels + t))
+
+
 @triton.jit(
     do_not_specialize=["num_tensors"],
     do_not_specialize_on_alignment=["positions", "values", "count"],

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dgc.core.kernels import cuda_tables
 from dgc.core.kernels import decode_kernels as triton_kernels
 from dgc.core.kernels.checksum_torch import crc32
-from dgc.core.kernels.cuda_trim import uploaded
+from dgc.core.kernels.cuda_tables import blocks_of, uploaded
 from dgc.core.quantize import parameter_bytes
 
 BLOCK = 512
@@ -138,13 +139,40 @@ def add_values_(
     numels, device = tuple(grad.numel() for grad in grads), grads[0].device
     addresses = uploaded([grad.data_ptr() for grad in grads], device)
     factors = torch.tensor(scales, dtype=torch.float32).to(device, non_blocking=True)
-    ends = _ends(numels, device)
+    _add_(addresses, factors, numels, positions, values, counts)
+
+
+def set_values_(
+    addresses: Tensor, factors: Tensor, numels: tuple[int, ...], found: Decoded
+) -> None:
+    """Of T gradients at `addresses` overwrite all with factors[t] × the sum of the messages' values.
+
+    Args:
+        addresses: int64 `[T]`, of contiguous float32 of `numels` elements.
+        factors: float32 `[T]`.
+        found: messages that are all ok.
+    """
+    blocks = blocks_of(numels, addresses.device)
+    size = cuda_tables.BLOCK
+    triton_kernels.clear[(blocks.owners.numel(),)](addresses, *blocks[:3], BLOCK=size)
+    _add_(addresses, factors, numels, found.positions.unbind(), found.values.unbind(), found.counts)
+
+
+def _add_(
+    addresses: Tensor,
+    factors: Tensor,
+    numels: tuple[int, ...],
+    positions: Sequence[Tensor],
+    values: Sequence[Tensor],
+    counts: Tensor,
+) -> None:
+    ends = _ends(numels, addresses.device)
     for where, what, count in zip(positions, values, counts, strict=True):
         if where.numel():
             # No place comes twice in a message, so the result does not depend on the order.
             triton_kernels.add_values[(_programs(where.numel()),)](
-                *(addresses, ends, len(grads), factors, where, what, count),
-                LEVELS=len(grads).bit_length(),
+                *(addresses, ends, len(numels), factors, where, what, count),
+                LEVELS=len(numels).bit_length(),
                 BLOCK=BLOCK,
                 enable_fp_fusion=False,
             )
