@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dgc.core.kernels import codec_torch
-from dgc.core.kernels.checksum_torch import crc32
 from dgc.core.kernels.codec_torch import Coded, Section
 from dgc.core.rice import rice_code
 from dgc.core.sparse import SparseBatch
@@ -75,21 +74,18 @@ def assemble(
         message_bytes: room, enough for the body.
         used: for each tensor, whether it had a gradient.
     """
-    device = finite.device
-    head = _head(numels, value_bits, None if used is None else tuple(used), device).clone()
-    sections = (Section(head, _size(head)), _varint(coded.num_values), *coded.sections)
-    length = torch.stack([section.size for section in sections]).sum() + CHECKSUM_BYTES
+    from dgc.core.kernels import cuda_message
+
+    used = None if used is None else tuple(used)
+    head = _head(numels, value_bits, used, finite.device).clone()
     head[4] |= torch.where(finite, 0, NOT_FINITE).byte()
     head[5] = torch.where(coded.num_values > 0, low_bits, 0).byte()
-    head[6:FIXED_BYTES] = _little_endian(length)
-    message = torch.zeros(message_bytes + 1, dtype=torch.uint8, device=device)
-    at = torch.zeros_like(length)
-    for section in sections:
-        _put_(message, section, at)
-        at = at + section.size
-    checksum = _little_endian(crc32(message[None, :-1], at.view(1))[0])
-    _put_(message, Section(checksum, _size(checksum)), at)
-    return message[:-1]
+    sections = (Section(head, _size(head)), _varint(coded.num_values), *coded.sections)
+    message, end = cuda_message.join(sections, message_bytes)
+    message[6:FIXED_BYTES] = _little_endian(end + CHECKSUM_BYTES)
+    checksum = _little_endian(cuda_message.crc32(message[None], end.view(1)))
+    cuda_message.put_(message, Section(checksum, _size(checksum)), end)
+    return message
 
 
 @lru_cache(maxsize=1024)
@@ -105,8 +101,8 @@ def _size(data: Tensor) -> Tensor:
 
 
 def _little_endian(number: Tensor) -> Tensor:
-    """The four bytes of int64 `[]`."""
-    return torch.stack([number >> shift & 0xFF for shift in (0, 8, 16, 24)]).byte()
+    """The four lower bytes of one int64."""
+    return number.view(1).view(torch.uint8)[:4]
 
 
 def _varint(number: Tensor) -> Section:
@@ -122,10 +118,3 @@ def _varint(number: Tensor) -> Section:
     size = 1 + (rest[1:] > 0).sum()
     digits = rest & 0x7F | torch.where(rest > 0x7F, 0x80, 0)
     return Section(digits.byte(), size)
-
-
-def _put_(message: Tensor, section: Section, at: Tensor) -> None:
-    """The section's bytes from `at` on; what is not part of it goes behind the end."""
-    slots = torch.arange(section.data.numel(), device=message.device)
-    inside = slots < section.size
-    message.scatter_(0, torch.where(inside, slots + at, message.numel() - 1), section.data)

@@ -17,7 +17,16 @@ LAUNCHED = {
     "cuda_kernels": (
         *("check", "advance", "count_digits", "pick_digit", "count_ties", "collect", "subtract"),
     ),
-    "decode_kernels": ("read_frames", "measure", "place_ones", "finish", "clear", "add_values"),
+    "decode_kernels": (
+        "read_frames",
+        "measure",
+        "place_ones",
+        "finish",
+        "clear",
+        "add_values",
+        "put",
+        "checksum",
+    ),
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _INTERPRETER = threading.RLock()  # it works on one kernel at a time

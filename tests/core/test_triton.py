@@ -27,6 +27,9 @@ block = {"BLOCK": cuda_tables.BLOCK}
 assembly(cuda_kernels.check, {}, block)
 assembly(cuda_kernels.pick_digit, {}, {})
 assembly(decode_kernels.clear, {}, block)
+bytes_ = {"message": "*u8", "data": "*u8", **dict.fromkeys(("width", "runs", "stride"), "i32")}
+assembly(decode_kernels.put, bytes_, block)
+assembly(decode_kernels.checksum, bytes_, {"RUN": 256})
 for state, update, momentum in (("*fp32", True, True), ("*i16", True, True), ("*i16", False, False)):
     types = {"u": state, "v": state, "rows": "*fp32", "low": "*i32", "what": "*fp32"}
     constants = {"UPDATE": update, "MOMENTUM": momentum, **block}

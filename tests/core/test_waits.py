@@ -24,7 +24,7 @@ NUMELS = (3, 5000, 70, 9000)
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     use_device_path(monkeypatch)
-    from dgc.core.kernels import checksum_torch, codec_torch, cuda, cuda_tables, decode_torch
+    from dgc.core.kernels import codec_torch, cuda, cuda_message, cuda_tables, decode_torch
     from dgc.train import arrive
 
     caches = (
@@ -36,7 +36,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     )
     for cached in (
         *caches,
-        checksum_torch._checksum_tables,
+        cuda_message._checksum_tables,
         assemble._head,
         layouts._uploaded,
     ):  # what other tests have made is not marked

@@ -16,7 +16,6 @@ from torch.profiler import ProfilerActivity, profile
 import dgc
 from dgc.core import Sparse, SparseBatch
 from dgc.core.kernels import codec_reference
-from dgc.core.kernels.checksum_torch import crc32
 from dgc.core.kernels.codec_reference import Body
 from dgc.core.layout import Layout
 from dgc.core.quantize import VALUE_BITS
@@ -216,10 +215,12 @@ def test_a_message_that_could_have_no_room_is_refused() -> None:
 @pytest.mark.parametrize("width", [14, 255, 256, 5000])
 def test_checksum(width: int) -> None:
     """Of rows of several sizes at a time."""
+    from dgc.core.kernels import cuda_message
+
     sizes = sorted({min(size, width) for size in (4, 5, 255, 256, 257, 1000, 5000)})
     generator = torch.Generator().manual_seed(width)
     data = torch.randint(256, (len(sizes), width), generator=generator).byte()
-    found = crc32(data.to(DEVICE), torch.tensor(sizes).to(DEVICE))
+    found = cuda_message.crc32(data.to(DEVICE), torch.tensor(sizes).to(DEVICE))
     rows = zip(data.tolist(), sizes, strict=True)
     assert found.tolist() == [zlib.crc32(bytes(row[:size])) for row, size in rows]
 

@@ -23,7 +23,7 @@ class Section(NamedTuple):
     """Bytes of which only the first are part of the message.
 
     Attributes:
-        data: uint8 `[room]`, zeros after the part.
+        data: uint8 `[room]`.
         size: int64 `[]`, bytes of the part.
     """
 

@@ -314,6 +314,42 @@ def finish(
         tl.atomic_max(report + p * (REPORTED + num_tensors), 1)
 
 
+@triton.jit(do_not_specialize=["width", "runs", "stride"])  # type: ignore[untyped-decorator]
+def checksum(
+    data: "Any",
+    width: "Any",
+    runs: "Any",
+    sizes: "Any",
+    stride: "Any",
+    near: "Any",
+    far: "Any",
+    found: "Any",
+    RUN: tl.constexpr,
+) -> None:
+    """found[p] ^= what a run of the first sizes[p] bytes of row p counts, the last run ending there.
+
+    The first four bytes are inverted, as CRC-32 begins with ones.
+    """
+    run, p = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, RUN)
+    slot = tl.load(sizes + p * stride) + (run - runs) * RUN + column
+    inside = (slot >= 0) & (slot < width)
+    byte = tl.load(data + p * width + slot, mask=inside, other=0).to(tl.int64)
+    byte = tl.where(inside & (slot < 4), byte ^ 0xFF, byte)
+    total = tl.xor_sum(tl.load(near + column * 256 + byte), axis=0)
+    bit = tl.arange(0, 32)
+    spread = tl.load(far + run * 32 + bit) * ((total >> bit) & 1)
+    tl.atomic_xor(found + p, tl.xor_sum(spread, axis=0))
+
+
+@triton.jit(do_not_specialize_on_alignment=["size", "at"])  # type: ignore[untyped-decorator]
+def put(message: "Any", data: "Any", size: "Any", at: "Any", BLOCK: tl.constexpr) -> None:
+    """message[at + i] ← data[i] for i < size."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < tl.load(size)
+    tl.store(message + tl.load(at) + i, tl.load(data + i, mask=inside), mask=inside)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def clear(
     addresses: "Any", owners: "Any", firsts: "Any", numels: "Any", BLOCK: tl.constexpr

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dgc.core.kernels import cuda_tables
 from dgc.core.kernels import decode_kernels as triton_kernels
-from dgc.core.kernels.checksum_torch import crc32
+from dgc.core.kernels.cuda_message import crc32
 from dgc.core.kernels.cuda_tables import blocks_of, uploaded
 from dgc.core.quantize import parameter_bytes
 

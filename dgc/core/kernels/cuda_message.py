@@ -1,5 +1,6 @@
-"""zlib's checksum where the bytes are, by torch: for messages that a GPU makes or reads."""
+"""A message put together on a GPU, and zlib's checksum where the bytes are."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -7,43 +8,52 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dgc.core.kernels import decode_kernels as triton_kernels
+from dgc.core.kernels.codec_torch import Section
+
+BLOCK = 1024
+"""Bytes of a program."""
 _RUN = 256
 """Bytes whose checksum is taken by one look-up each."""
+
+
+def join(sections: Sequence[Section], room: int) -> tuple[Tensor, Tensor]:
+    """The sections' parts end to end, then zeros: uint8 `[room]`; and where they end, int64 `[]`.
+
+    The host does not wait. Example: parts of 2 and 3 bytes end at 5.
+    """
+    sizes = torch.stack([section.size for section in sections])
+    ends = sizes.cumsum(0)
+    message = torch.zeros(room, dtype=torch.uint8, device=sizes.device)
+    for section, start in zip(sections, (ends - sizes).unbind(), strict=True):
+        put_(message, section, start)
+    return message, ends[-1]
+
+
+def put_(message: Tensor, section: Section, at: Tensor) -> None:
+    """Overwrite `message` with the section's part from `at`, int64 `[]`, on."""
+    room = section.data.numel()
+    if room:
+        triton_kernels.put[(-(-room // BLOCK),)](
+            message, section.data, section.size, at, BLOCK=BLOCK
+        )
 
 
 def crc32(data: Tensor, sizes: Tensor) -> Tensor:
     """zlib's CRC-32 of the first sizes[p] ≥ 4 bytes of each row of uint8 `[P, n]`: int64 `[P]`.
 
     A checksum is a sum over bits, without carries, of a constant for each bit's distance from the
-    end; leading zeros count nothing. So the bytes are moved to the end of a buffer, runs of them are
-    summed by tables, and the runs with one another.
-
-    Example:
-        >>> import zlib
-        >>> data = torch.arange(1000).byte().view(1, -1)
-        >>> int(crc32(data, torch.tensor([900]))) == zlib.crc32(bytes(data[0, :900].tolist()))
-        True
+    end; leading zeros count nothing. So bytes are summed in runs, counted from the end, by a table
+    of what a byte counts, and the runs by one of what the bits of a run's sum do.
     """
     rows, width = data.shape
     runs = -(-width // _RUN)
     near, far = _checksum_tables(runs, data.device)
-    slots = torch.arange(-runs * _RUN, 0, device=data.device) + sizes[:, None]
-    bytes_ = data.gather(1, slots.clamp(0, width - 1)) ^ (slots < 4) * 0xFF
-    bytes_ = (bytes_ * (slots >= 0)).view(-1, _RUN)
-    at = torch.arange(_RUN, device=data.device)
-    sums = _xor_(near[at, bytes_]).view(rows, runs, 1)
-    bits = sums >> torch.arange(32, device=data.device) & 1
-    return _xor_((bits * far).view(rows, -1)) ^ 0xFFFFFFFF
-
-
-def _xor_(numbers: Tensor) -> Tensor:
-    """Each row of `[R, C]` folded by exclusive or, `[R]`; overwrites `numbers`."""
-    size = numbers.shape[1]
-    while size > 1:
-        half = size // 2
-        numbers[:, :half].bitwise_xor_(numbers[:, size - half : size])
-        size -= half
-    return numbers[:, 0]
+    found = torch.full((rows,), 0xFFFFFFFF, dtype=torch.int64, device=data.device)
+    triton_kernels.checksum[(runs, rows)](
+        data, width, runs, sizes, sizes.stride(0), near, far, found, RUN=_RUN
+    )
+    return found
 
 
 @lru_cache(maxsize=64)
