@@ -212,6 +212,7 @@ INVALID = {
     "bitmap too wide": (4, body(bitmap=b"\2", flags=0x33)),
     "long varint": (4, body(count=b"\x81\0")),
     "endless varint": (4, body(count=b"\x81\x80\x80\x80\x80\x80\1")),
+    "varint that ends nowhere": (4, body(b"", b"", b"", count=b"\x80" * 5)),
     "too many values": (1, body(b"\x80\x3f", b"\x3f", b"\x3f", flags=0x20, count=b"\6")),
     "far too many": (4, body(count=varint((1 << 35) - 1))),
     "values not finite": (4, body(flags=0x2B)),
@@ -258,6 +259,15 @@ def test_low_bits() -> None:
         message = body(codes=section + b"\7", unary=unary, tables=tables, code=47)
         (ok,) = check(padded([of(message)]), 4, numels, 1)
         assert ok == (fill == 0 and len(unary) == 1 and unary < b"\4")
+
+
+def test_more_values_than_slots() -> None:
+    """Of a rank that counts otherwise: as many slots as a program of the kernel works on, or fewer."""
+    from dgc.core.kernels.decode_torch import BLOCK
+
+    message = padded([drawn(0, numels=(3 * BLOCK,), counts=(BLOCK + 8,))])
+    for slots in (BLOCK, BLOCK + 7, BLOCK + 8, BLOCK + 9):
+        assert check(message, 4, (3 * BLOCK,), slots) == [slots >= BLOCK + 8]
 
 
 def outcome(
