@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import medians_ms, save, table
+from benchmarks.harness import interpret_triton, medians_ms, save, table
 from benchmarks.shapes import resnet50
 from dgc.core import Sparse, SparseBatch, num_selected, select_topk
 from dgc.core.kernels.codec_reference import dequantize, quantize
@@ -232,6 +232,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--save", help="name of a file under benchmarks/results")
     arguments = parser.parse_args()
+    interpret_triton()  # for a GPU's messages
     torch.manual_seed(0)
     gradient = torch.distributions.Laplace(0.0, 1.0).sample((NUMEL,))
     numels = [prod(shape) for shape in resnet50()]

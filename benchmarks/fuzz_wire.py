@@ -17,6 +17,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from benchmarks.harness import interpret_triton
 from dgc.core import Sparse, SparseBatch
 from dgc.core.kernels import codec_reference
 from dgc.core.kernels.codec_reference import Body, Status
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    interpret_triton()  # for a GPU's messages
     rng = np.random.default_rng(arguments.seed)
     corpus, verdicts, start = seeds(rng), Counter[str](), time.perf_counter()
     for number in range(arguments.count):

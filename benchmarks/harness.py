@@ -62,6 +62,12 @@ def _cpu() -> str:
     return platform.processor()
 
 
+def interpret_triton() -> None:
+    """Without a GPU, run its kernels in Triton's interpreter; before they are first imported."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def medians_ms(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median time of each function in milliseconds.
 

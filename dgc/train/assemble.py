@@ -33,13 +33,8 @@ def encode_rice(
 
     The host waits for nothing. Indices are not checked, and a slot of value 0 is not sent. Where the
     indices exceed the room that `dgc.core.rice` gives them, as clusters may, the values that are
-    least in their tensor are not sent: 4 % at density 0.001.
-
-    Example:
-        >>> batch = SparseBatch(torch.tensor([7]), torch.tensor([-3.0]), (1,), (64,))
-        >>> message, values = encode_rice(batch, 4, message_bytes=40)
-        >>> message.numel(), values.tolist()
-        (40, [-3.0])
+    least in their tensor are not sent: 4 % at density 0.001. On the CPU it runs in Triton's
+    interpreter (`TRITON_INTERPRET=1`).
     """
     finite = batch.values.isfinite().all() & finite
     numels, code = batch.numels, rice_code(sum(batch.numels), batch.values.numel())
