@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import interpret_triton, medians_ms, save, table
+from benchmarks.harness import medians_ms, save, table
 from benchmarks.shapes import resnet50
 from dgc.core import Sparse, SparseBatch, num_selected, select_topk
+from dgc.core.kernels import codec_torch
 from dgc.core.kernels.codec_reference import dequantize, quantize
 from dgc.core.quantize import VALUE_BITS
+from dgc.core.rice import rice_code
 from dgc.train import wire
-from dgc.train.assemble import encode_rice
-from dgc.train.frame import max_frame_bytes, read_frame
+from dgc.train.frame import CHECKSUM_BYTES, frame_head, max_frame_bytes, varint
 
 NUMEL = 25_557_032
 BUCKET_BYTES = 25 << 20
@@ -47,10 +48,14 @@ def batch_of(gradient: Tensor, numels: Sequence[int], density: float) -> SparseB
 
 def rice_bytes(batch: SparseBatch, value_bits: int) -> tuple[int, int]:
     """The message as a GPU makes it: its own bytes, and those with padding."""
-    size = max_frame_bytes(batch.numels, batch.counts, value_bits, rice=True)
-    message, values = encode_rice(batch, value_bits, message_bytes=size)
-    assert bool((values != 0).all()), "a value had no room"
-    return read_frame(message.numpy(), None)[0].message_bytes, size
+    count = sum(batch.counts)
+    code = rice_code(sum(batch.numels), count)
+    coded = codec_torch.encode(batch, torch.tensor(True), code, value_bits)
+    assert int(coded.num_values) == count, "a value had no room"
+    head = frame_head(batch.numels, value_bits, 0, None, rice=True) + varint(count)
+    body = sum(int(section.size) for section in coded.sections)
+    padded = max_frame_bytes(batch.numels, batch.counts, value_bits, rice=True)
+    return len(head) + body + CHECKSUM_BYTES, padded
 
 
 def size_row(batch: SparseBatch, density: float, value_bits: int) -> dict[str, object]:
@@ -232,7 +237,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--save", help="name of a file under benchmarks/results")
     arguments = parser.parse_args()
-    interpret_triton()  # for a GPU's messages
     torch.manual_seed(0)
     gradient = torch.distributions.Laplace(0.0, 1.0).sample((NUMEL,))
     numels = [prod(shape) for shape in resnet50()]
