@@ -70,7 +70,7 @@ def stepper(arm: str, net: ShapeNet) -> Any:
     if kind == "ddp":
         # PowerSGD in one bucket: with several, its chained collectives run in another order on each
         # rank, and gloo ends the job.
-        whole = {"bucket_cap_mb": 1024} if detail.startswith("powersgd") else {}
+        whole = {"bucket_cap_mb": 1024} if detail.startswith(("powersgd", "dgc-whole")) else {}
         model = DistributedDataParallel(net, gradient_as_bucket_view=True, **whole)
         optimizer: Any = sgd
         stats = None
@@ -81,7 +81,7 @@ def stepper(arm: str, net: ShapeNet) -> Any:
             options = {"matrix_approximation_rank": rank, "start_powerSGD_iter": 2}
             state = powerSGD_hook.PowerSGDState(None, **options)
             model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-        elif detail == "dgc":
+        elif detail.startswith("dgc"):
             stats = dgc.register(model, sgd, dgc.DGC()).stats
     else:
         config = dgc.Dense() if detail == "dense" else dgc.DGC(**json.loads(detail or "{}"))

@@ -1,11 +1,14 @@
 """Work on a GPU that is recorded once and then started in one call: a CUDA graph."""
 
+import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
 
 T = TypeVar("T")
+_ONE_AT_A_TIME = threading.Lock()
+"""Torch records on one stream, and waits for the whole device before."""
 
 
 class Graph(Generic[T]):
@@ -29,7 +32,7 @@ class Graph(Generic[T]):
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with _ONE_AT_A_TIME, torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self.result = work()
 
     def replay(self) -> T:
