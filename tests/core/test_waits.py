@@ -114,7 +114,7 @@ def test_what_waits_is_noticed() -> None:
             lambda: torch.tensor([1, 2], device=device),
             lambda: torch.tensor([1, 2]).to(device),
             lambda: (there > 0).nonzero(),
-            lambda: torch.arange(3).repeat_interleave(there.long()),
+            lambda: torch.arange(3, device=device).repeat_interleave(there.long()),
         ):
             mode.found.clear()
             wait()
