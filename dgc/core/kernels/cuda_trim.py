@@ -80,15 +80,18 @@ def trim(
         The selection, counts[t] slots of each tensor; and the magnitudes of all candidates, each
         tensor's in its buffer from large to small, then zeros.
     """
-    device, owners = found.places.device, owners_of(wanted.capacities, wanted.total)
-    filled = torch.arange(wanted.total, device=device) - wanted.starts[owners]
+    # What is no longer needed is let go: a sort takes several times the memory of what it sorts.
+    owners = owners_of(wanted.capacities, wanted.total)
+    filled = torch.arange(wanted.total, device=owners.device) - wanted.starts[owners]
     filled = filled < found.passed[owners]
-    ends = layout.table[owners + 1]
-    places, order = torch.where(filled, found.places, ends).sort(stable=True)
+    key = torch.where(filled, found.places, layout.table[owners + 1])
+    places, order = key.sort(stable=True)
     owners, filled = owners[order], filled[order]
     values = found.values[order].where(filled, 0.0)
-    bits = (values.view(torch.int32) & MAGNITUDE).long()
-    ranked = ((owners << 31) | (MAGNITUDE - bits)).argsort(stable=True)
+    del order
+    key = (owners << 31).add_(MAGNITUDE).sub_(values.view(torch.int32) & MAGNITUDE)
+    ranked = key.argsort(stable=True)
+    del key
     chosen = ranked[_leading(wanted, sum(counts))]
     # Behind its tensor's elements, before those of the next.
     key = torch.where(filled[chosen], 2 * places[chosen] + 1, 2 * layout.table[owners[chosen] + 1])
