@@ -5,6 +5,7 @@ where the gradients lie, what enters with them, and the seeds; these are uploade
 Shapes: T tensors in the bucket, P ranks.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -41,6 +42,7 @@ class Recorder(Generic[T]):
         self._same: object = None
         self._calls = 0
         self._graph: graph.Graph[T] | None = None
+        self._refused = False
 
     @property
     def recorded(self) -> bool:
@@ -56,11 +58,20 @@ class Recorder(Generic[T]):
         if same != self._same:
             self._same, self._calls, self._graph = same, 0, None
         self._calls += 1
-        if self._calls <= self.unrecorded:
-            return work()
-        if self._graph is None:
+        if self._graph is None and self._calls > self.unrecorded and not self._refused:
+            self._record(work)
+        return work() if self._graph is None else self._graph.replay()
+
+    def _record(self, work: Callable[[], T]) -> None:
+        try:
             self._graph = graph.Graph(work)
-        return self._graph.replay()
+        except RuntimeError as error:
+            self._refused = True
+            warnings.warn(
+                f"this GPU's work could not be recorded as a CUDA graph ({error}): training goes on "
+                "without, and each step takes some milliseconds more",
+                stacklevel=3,
+            )
 
 
 class _Place:
