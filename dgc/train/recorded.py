@@ -152,8 +152,9 @@ class Receiver:
         def work() -> None:
             arrive.write_(addresses, factors.int().view(torch.float32), numels, found)
 
-        if self._read.recorded:  # else what was found lies elsewhere in each step
+        if self._read.recorded:
             self._write.run(same, work)
-        else:
+        else:  # what was found lies elsewhere in each step, and what was recorded looks where it lay
+            self._write = Recorder()
             work()
         return Arrival(*verdict)

@@ -338,6 +338,20 @@ def test_receiving_equals_the_host_path(bits: int, monkeypatch: pytest.MonkeyPat
         assert (host[1] == UNTOUCHED) == fails
 
 
+def test_messages_of_another_number_of_ranks_in_between() -> None:
+    """What was recorded before is not used after."""
+    several = [padded([drawn(3 * i + rank) for rank in range(3)]) for i in range(2)]
+    few, often = padded([drawn(0), drawn(1)]), Recorder.unrecorded + 2
+    receiver, expected = Receiver(), Expected(4, sum(COUNTS))
+    for messages in (*several * often, few, *reversed(several * often)):
+        found = [torch.full((numel,), 7.0, device=DEVICE) for numel in NUMELS]
+        host = [torch.empty(numel) for numel in NUMELS]
+        arrival = receiver.receive_(messages, found, SCALES, expected)
+        wire.set_mean_(messages.cpu(), host, SCALES)
+        assert arrival.finite
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, host, strict=True))
+
+
 def test_what_is_not_as_expected_is_left_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, messages in gathered(4, monkeypatch).items():
         expected = name in ("nothing", "not finite", "unused")
