@@ -2,6 +2,7 @@
 
 from copy import copy
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,7 +61,9 @@ class Memory:
         """Take what was sent out of `v`; the momentum that masking cleared is returned."""
         seed = self.seed() if seed is None else seed
         masking = self.config.momentum_masking and self.u is not None
-        cleared = self.u[self._places(batch)] if masking and self.u is not None else None
+        cleared = None
+        if masking and self.u is not None:
+            cleared = self.u.index_select(0, self._places(batch))
         kernels.release_(self.u, self.v, self.layout, batch, sent, masking, seed)
         if not self.config.local_accumulation:
             self.v.zero_()
@@ -81,11 +84,16 @@ class Memory:
 
     def at(self, batch: SparseBatch) -> Tensor:
         """The residual at the places of `batch`, float32 `[K]`."""
-        return self.v[self._places(batch)].float()
+        return self.v.index_select(0, self._places(batch)).float()
 
     def _places(self, batch: SparseBatch) -> Tensor:
         """Positions of the selected elements in the flat state, int64 `[K]`."""
-        return self.layout.places(batch.indices, batch.counts)
+        if kernels.codes_there(self.v.device):
+            return self.layout.places(batch.indices, batch.counts)
+        # On the host repeat_interleave, like v[places], would wake torch's threads: they then wait
+        # for more and take the next kernel's core.
+        starts = np.repeat(np.array(self.layout.offsets[:-1], np.int64), batch.counts)
+        return batch.indices + torch.from_numpy(starts).to(self.v.device)
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Views of the state of one tensor, by the paper's names."""
