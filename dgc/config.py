@@ -65,8 +65,8 @@ class DGC(Compression):
 
     density: float = 0.001
     """Share of each parameter's elements that is sent in a step, in (0, 1]. An element waits
-    1/(ranks · density) steps, so in short training take more: for images about 20/(ranks · steps),
-    for text 50 or more, and less warm-up (docs/log.md, 2026-11-26)."""
+    1/(ranks · density) steps, so in short training take more: with SGD about 20/(ranks · steps), with
+    Adam 50 or more, and less warm-up (docs/log.md, 2026-11-26)."""
 
     min_selected: int = 16
     """Elements of a parameter that are sent at least, >= 1, or all if it has fewer. At one element a
