@@ -133,7 +133,8 @@ class Receiver:
     ) -> Arrival:
         """As `dgc.train.step.receive_`."""
         device, numels = messages.device, tuple(grad.numel() for grad in grads)
-        there = kernels.codes_there(device) and grads[0].device == device
+        # A part of a hierarchical exchange may hold no tensor.
+        there = kernels.codes_there(device) and bool(grads) and grads[0].device == device
         frame = None
         if there and expected is not None and not graph.recording():
             frame = arrive.frame_of(messages, numels, expected)

@@ -363,6 +363,12 @@ def test_what_is_not_as_expected_is_left_to_the_host(monkeypatch: pytest.MonkeyP
         assert verdict(messages, Expected(4, slots)) is None
 
 
+def test_messages_for_no_tensor() -> None:
+    none = torch.zeros(0, device=DEVICE)
+    empty = wire.encode_batch(SparseBatch(none.long(), none, (), ()), 1, message_bytes=64)[0]
+    assert Receiver().receive_(empty.view(1, -1), [], [], Expected(4, 0)) == Arrival(True, ())
+
+
 def test_a_gradient_that_is_not_dense_is_refused() -> None:
     messages = padded([drawn(0, numels=(100,), counts=(10,))])
     grad = torch.zeros(10, 10, device=DEVICE).t()
