@@ -44,7 +44,7 @@ class Steps:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--save", default="hooks_h100")
+    parser.add_argument("--save", default="hooks_cuda")
     arguments = parser.parse_args()
     print(setup())
     with tempfile.NamedTemporaryFile() as file:

@@ -167,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    parser.add_argument("--save", default="sender_cpu2")
+    parser.add_argument("--save", help="sender_cpu2 by default, or sender_cuda")
     arguments = parser.parse_args()
     print(setup())
     how = arguments.rounds, arguments.device
@@ -185,7 +185,8 @@ def main() -> None:
         for name in TARGETS
     ]
     print(table(shapes))
-    print(save(arguments.save, {"rows": found, "shapes": shapes}))
+    name = arguments.save or ("sender_cpu2" if arguments.device == "cpu" else "sender_cuda")
+    print(save(name, {"rows": found, "shapes": shapes}))
 
 
 if __name__ == "__main__":

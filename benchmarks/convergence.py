@@ -195,10 +195,14 @@ def main() -> None:
     parser.add_argument("--lr", nargs="+", type=float, default=[0.05])
     parser.add_argument("--schedule", choices=SCHEDULES, default="cosine")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="file of JSON lines")
+    parser.add_argument(
+        "--out", type=Path, help="JSON lines; a file of its own for cuda by default"
+    )
     parser.add_argument("--table", action="store_true", help="print the results' table")
     parser.add_argument("--picture", type=Path, help="draw dense beside dgc, epoch by epoch")
     args = parser.parse_args()
+    if args.out is None:
+        args.out = RESULTS if args.device == "cpu" else RESULTS.with_name("convergence_cuda.jsonl")
     if args.table or args.picture:
         report(args)
         return

@@ -1,6 +1,6 @@
 """Messages read on a GPU, or as on one: the same as the host reads, whatever the bytes are."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,10 @@ from dgc.train import arrive, wire
 from dgc.train.arrive import Expected
 from dgc.train.frame import read_frame, varint
 from dgc.train.recorded import Receiver, Recorder
-from dgc.train.step import Arrival, message_plan
-from tests.core.on_device import DEVICE, use_device_path
+from dgc.train.step import Arrival
+from tests.core.on_device import DEVICE
 
+pytestmark = pytest.mark.usefixtures("device_path")
 NUMELS = (40, 1, 0, 700, 129)
 COUNTS = (9, 1, 0, 30, 0)
 SWAPPED = (1, 40, 0, 700, 129)
@@ -30,14 +31,6 @@ fewer = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-
-
-@pytest.fixture(autouse=True)
-def device_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    message_plan.cache_clear()  # sizes depend on the device
-    use_device_path(monkeypatch)
-    yield
-    message_plan.cache_clear()
 
 
 def drawn(

@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -26,10 +26,11 @@ from dgc.train.bucket import Row, updates
 from dgc.train.frame import read_frame
 from dgc.train.memory import Memory
 from dgc.train.step import message_plan, send_
-from tests.core.on_device import DEVICE, use_device_path
+from tests.core.on_device import DEVICE
 from tests.threads import ThreadCommunicator, run_ranks
 from tests.workers import Toy, flat, gradients, train, wrap
 
+pytestmark = pytest.mark.usefixtures("device_path")
 GOLDEN = {
     1: "0def95f4cab45c20",
     2: "a30d644ca1b04ccc",
@@ -44,14 +45,6 @@ reused = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-
-
-@pytest.fixture(autouse=True)
-def device_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    message_plan.cache_clear()  # sizes depend on the device
-    use_device_path(monkeypatch)
-    yield
-    message_plan.cache_clear()
 
 
 def sent(
