@@ -14,16 +14,17 @@ mean, so that s is N times as large where noise prevails. docs/log.md, 2026-11-2
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from dgc.core import kernels
 from dgc.errors import ConfigError
 from dgc.train.bucket import Row
-from dgc.train.momentum import Momentum
+from dgc.train.momentum import Momentum, Owned, local
 
 UNIT = 2.0**-20
 """`.grad` holds UNIT times the step that arrived: so small that clipping gradients by norm, as
@@ -48,7 +49,7 @@ class AdamSteps(Momentum):
         self.seconds: dict[str, Tensor] = {}
         self.updates: dict[str, Tensor] = {}
         self.factor = math.sqrt(world_size)
-        self._hidden: dict[str, Tensor] = {}
+        self._hidden: dict[str, Tensor | None] = {}
 
     def row(self, param: Parameter, group: dict[str, Any], *, first: bool) -> Row:
         return Row(applied_lr=1 / _unit(param))
@@ -58,42 +59,52 @@ class AdamSteps(Momentum):
 
     @torch.no_grad()
     def enter_(
-        self, name: str, grad: Tensor, row: Row, param: Parameter, group: dict[str, Any]
-    ) -> tuple[Tensor, Row]:
-        """`grad` over the root of its second moment, contiguous float32; overwrites it if it is.
+        self, owned: Sequence[Owned], grads: Sequence[Tensor], rows: Sequence[Row]
+    ) -> tuple[list[Tensor], list[Row]]:
+        """`grads` over the roots of their second moments, contiguous float32; overwrites those that are.
 
-        A gradient that is not finite, or whose square is not, becomes NaN and does not enter s.
+        If one is not finite, or has a square that is not, all become NaN and none enters s.
         """
-        beta2, eps = float(group["betas"][1]), float(group["eps"])
-        entering = grad.to(torch.float32).contiguous()
-        g = entering.view(-1).mul_(-row.gain if group["maximize"] else row.gain)
-        if group["weight_decay"] and not _is_decoupled(group):
-            g.add_(_local(param).reshape(-1), alpha=group["weight_decay"])
-        if name not in self.seconds:
-            self.seconds[name] = torch.zeros_like(g)
-            self.updates[name] = torch.zeros((), dtype=torch.float64, device=g.device)
-        second, count = self.seconds[name], self.updates[name]
-        updated = (beta2 * second).addcmul_(g, g, value=1 - beta2)
-        finite = updated.isfinite().all()  # not read by the host
-        second.copy_(torch.where(finite, updated, second))
-        count.add_(finite)
-        root = second.div(1 - beta2 ** count.clamp(min=1)).sqrt_().add_(eps)
-        g.div_(torch.where(finite, root, torch.nan))
-        return entering, row._replace(gain=1.0)
+        entering, table = kernels.dense(grads), []
+        for each, g, row in zip(owned, entering, rows, strict=True):
+            group, gain = each.group, -row.gain if each.group["maximize"] else row.gain
+            if group["weight_decay"] and not _is_decoupled(group):
+                decay = local(each.param).reshape(g.shape)
+                g.mul_(gain).add_(decay, alpha=group["weight_decay"])
+                gain = 1.0
+            if each.name not in self.seconds:
+                self.seconds[each.name] = torch.zeros_like(g).view(-1)
+                self.updates[each.name] = torch.zeros((), dtype=torch.float64, device=g.device)
+            beta2 = float(group["betas"][1])
+            table.append((gain, beta2, 1 - beta2, float(group["eps"])))
+        counts = [self.updates[each.name] for each in owned]
+        options = torch.tensor(table, dtype=torch.float64)
+        kept = options[:, 1].to(counts[0].device, non_blocking=True)
+        scales = (1 - kept ** (torch.stack(counts) + 1)).rsqrt().float()
+        seconds = [self.seconds[each.name] for each in owned]
+        finite = kernels.precondition_(entering, seconds, scales, options.float())
+        torch._foreach_add_(counts, torch.as_tensor(finite).to(counts[0]))
+        return entering, [row._replace(gain=1.0) for row in rows]
 
     @torch.no_grad()
-    def local_(
-        self, name: str, param: Parameter, group: dict[str, Any], *, excluded: bool, scale: float
-    ) -> None:
-        """Apply `param.grad`, and hide it from the optimizer until `after`."""
-        if excluded:
-            return
-        assert param.grad is not None
-        if group["weight_decay"] and _is_decoupled(group):
-            param.mul_(1 - float(group["lr"]) * group["weight_decay"])
-        param.add_(param.grad, alpha=-self.factor * scale / _unit(param))
-        self._hidden[name] = param.grad
-        param.grad = None
+    def local_(self, owned: Sequence[Owned]) -> None:
+        """Apply `.grad` of each, and hide it from the optimizer until `after`."""
+        alike: dict[tuple[Any, ...], list[Owned]] = {}
+        for each in owned:
+            if not each.excluded:
+                decays = each.group["weight_decay"] and _is_decoupled(each.group)
+                decay = float(each.group["lr"]) * each.group["weight_decay"] if decays else 0.0
+                alpha = -self.factor * each.scale / _unit(each.param)
+                key = 1 - decay, alpha, each.param.device, each.param.dtype
+                alike.setdefault(key, []).append(each)
+        for (kept, alpha, *_), chosen in alike.items():
+            params = [local(each.param) for each in chosen]
+            if kept != 1:
+                torch._foreach_mul_(params, kept)
+            torch._foreach_add_(params, [each.arrived for each in chosen], alpha=alpha)
+            for each in chosen:
+                self._hidden[each.name] = each.param.grad
+                each.param.grad = None
 
     def after(self, params: Mapping[str, Parameter]) -> None:
         for name, grad in self._hidden.items():
@@ -116,9 +127,3 @@ def _unit(param: Tensor) -> float:
 
 def _is_decoupled(group: Mapping[str, Any]) -> bool:
     return bool(group["decoupled_weight_decay"])
-
-
-def _local(param: Any) -> Tensor:
-    """This rank's part of a DTensor, or the parameter itself."""
-    part: Tensor = param.to_local() if hasattr(param, "to_local") else param
-    return part

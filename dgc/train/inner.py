@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from dgc.config import DGC, Compression
 from dgc.errors import ConfigError, StateError
 from dgc.train.adam import AdamSteps, check_adam
 from dgc.train.bucket import Row
-from dgc.train.momentum import Momentum, SgdMomentum
+from dgc.train.momentum import Momentum, Owned, SgdMomentum
 from dgc.train.reducer import is_excluded
 
 _KNOWN = (SGD, Adam)  # AdamW is an Adam
@@ -102,11 +102,14 @@ class InnerStep:
         """Whether what arrives is a step and no gradient."""
         return self.owns_momentum and self.local is self.adam
 
-    def enter_(self, name: str, grad: Tensor, row: Row) -> tuple[Tensor, Row]:
-        """What enters the memory for the gradient `grad`, which may be overwritten, and how."""
-        if not self.owns_momentum or is_excluded(name, self.config):
-            return grad, row
-        return self.local.enter_(name, grad, row, self.params[name], self._group_of(name))
+    def enter_(
+        self, names: Sequence[str], grads: Sequence[Tensor], rows: Sequence[Row]
+    ) -> tuple[list[Tensor], list[Row]]:
+        """What enters the memory for the gradients of a bucket, which may be overwritten, and how."""
+        if not self.owns_momentum or not names or is_excluded(names[0], self.config):
+            return list(grads), list(rows)
+        owned = [Owned(name, self.params[name], self._group_of(name)) for name in names]
+        return self.local.enter_(owned, grads, rows)
 
     def _divisor(self, group: dict[str, Any]) -> float:
         """The rate at which what arrives is applied.
@@ -134,10 +137,9 @@ class InnerStep:
         self.regroup()
         self._saved = [dict(group) for group in self.optimizer.param_groups]
         if self.owns_momentum:
-            for name, param in self.params.items():
-                if param.grad is not None:
-                    self._with_momentum.add(name)
-                    self._add_local(name, param)
+            moved = [name for name, param in self.params.items() if param.grad is not None]
+            self._with_momentum.update(moved)
+            self.local.local_([self._owned(name) for name in moved])
         for group in self.optimizer.param_groups:
             group.update(self.local.without(group) if self.owns_momentum else {})
             if self._steps_with_one(group):
@@ -151,12 +153,12 @@ class InnerStep:
         self._saved = None
         self.local.after(self.params)
 
-    def _add_local(self, name: str, param: Parameter) -> None:
+    def _owned(self, name: str) -> Owned:
         group = self._group_of(name)
         excluded, scale = is_excluded(name, self.config), 1.0 - self._steps_with_one(group)
         if self._adds_steps and isinstance(self.config, DGC) and not self.config.fold_lr:
             scale = float(group["lr"])
-        self.local.local_(name, param, group, excluded=excluded, scale=scale)
+        return Owned(name, self.params[name], group, excluded, scale)
 
     def _steps_with_one(self, group: dict[str, Any]) -> bool:
         """Whether what arrived is applied as it is, as the learning rate was 0 when it was sent."""

@@ -4,14 +4,39 @@ Weight decay and the mean gradient of excluded parameters are the same on all ra
 is kept here and applied after the exchange.
 """
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from dgc.core import kernels
 from dgc.train.bucket import Row
+
+
+class Owned(NamedTuple):
+    """A parameter, and the options of its group of the wrapped optimizer."""
+
+    name: str
+    param: Parameter
+    group: dict[str, Any]
+    excluded: bool = False
+    """Whether what arrives is the mean of whole gradients, and still needs momentum."""
+    scale: float = 1.0
+    """Factor of the local share: 0 where the rate is 0 and the optimizer is stepped with 1."""
+
+    @property
+    def arrived(self) -> Tensor:
+        """This rank's part of `.grad`."""
+        assert self.param.grad is not None
+        return local(self.param.grad)
+
+
+def local(param: Any) -> Tensor:
+    """This rank's part of a DTensor, or the tensor itself."""
+    part: Tensor = param.to_local() if hasattr(param, "to_local") else param
+    return part
 
 
 class Momentum(Protocol):
@@ -31,15 +56,13 @@ class Momentum(Protocol):
         ...
 
     def enter_(
-        self, name: str, grad: Tensor, row: Row, param: Parameter, group: dict[str, Any]
-    ) -> tuple[Tensor, Row]:
-        """What enters the memory for the gradient `grad`, which may be overwritten, and how."""
-        return grad, row
+        self, owned: Sequence[Owned], grads: Sequence[Tensor], rows: Sequence[Row]
+    ) -> tuple[list[Tensor], list[Row]]:
+        """What enters the memory for `grads`, which may be overwritten, and how."""
+        return list(grads), list(rows)
 
-    def local_(
-        self, name: str, param: Parameter, group: dict[str, Any], *, excluded: bool, scale: float
-    ) -> None:
-        """Add `scale` times the local share to `param.grad`, the mean that arrived."""
+    def local_(self, owned: Sequence[Owned]) -> None:
+        """Add the local share of each, times its scale, to `.grad`, the mean that arrived."""
         ...
 
     def after(self, params: Mapping[str, Parameter]) -> None:
@@ -83,36 +106,46 @@ class SgdMomentum(Momentum):
         return {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0}
 
     @torch.no_grad()
-    def local_(
-        self, name: str, param: Parameter, group: dict[str, Any], *, excluded: bool, scale: float
-    ) -> None:
-        """Add `scale` times the local share to `param.grad`.
+    def local_(self, owned: Sequence[Owned]) -> None:
+        """Overwrite `.grad` of each."""
+        decaying, rows = [], []
+        for each in owned:
+            group = each.group
+            scale = _sign(group) * each.scale
+            if each.excluded:
+                self._whole_(each)
+            elif group["weight_decay"] and not group["momentum"]:
+                each.arrived.add_(local(each.param), alpha=scale * group["weight_decay"])
+            elif group["weight_decay"]:
+                gain = self._opened(each)
+                options = group["weight_decay"], group["momentum"], gain, group["nesterov"]
+                rows.append((*options, scale, 1 - self.masked))
+                decaying.append(each)
+        if decaying:
+            kernels.decay_(
+                [each.arrived for each in decaying],
+                [local(each.param) for each in decaying],
+                [local(self.buffers[each.name]) for each in decaying],
+                torch.tensor(rows, dtype=torch.float32),
+            )
 
-        Args:
-            name: key of the buffer.
-            param: its `.grad` is overwritten.
-            group: the parameter's group of the wrapped SGD.
-            excluded: whether `param.grad` itself still needs momentum.
-            scale: 1, or 0 where the learning rate is 0 and the optimizer is stepped with 1.
-        """
-        assert param.grad is not None
-        decay, momentum = group["weight_decay"], group["momentum"]
-        if not excluded and decay == 0:
-            return
-        sign = -1 if group["maximize"] else 1  # SGD negates the gradient before it adds the decay
-        d = decay * param + (sign * param.grad if excluded else 0)
-        if momentum:
-            buffer = self.buffers.get(name)
-            if buffer is None:
-                buffer = self.buffers[name] = d.clone()
-            else:
-                buffer.mul_(momentum).add_(d, alpha=1 - group["dampening"])
-            d = d + momentum * buffer if group["nesterov"] else buffer
-        if excluded:
-            param.grad.copy_(sign * scale * d)
-            return
-        arrived = param.grad != 0
-        param.grad.add_(d, alpha=sign * scale)
-        if momentum and self.masked:
-            buffer = self.buffers[name]
-            buffer.addcmul_(buffer, arrived.to(buffer.dtype), value=-self.masked)
+    def _opened(self, each: Owned) -> float:
+        """The factor of d in its momentum; the buffer is there from here on."""
+        if each.name in self.buffers:
+            return float(1 - each.group["dampening"])
+        self.buffers[each.name] = torch.zeros_like(each.param)
+        return 1.0
+
+    def _whole_(self, each: Owned) -> None:
+        """What the optimizer would make of the mean of whole gradients."""
+        group, grad = each.group, each.arrived
+        d = group["weight_decay"] * local(each.param) + _sign(group) * grad
+        if group["momentum"]:
+            gain = self._opened(each)
+            buffer = local(self.buffers[each.name]).mul_(group["momentum"]).add_(d, alpha=gain)
+            d = d + group["momentum"] * buffer if group["nesterov"] else buffer
+        grad.copy_(_sign(group) * each.scale * d)
+
+
+def _sign(group: dict[str, Any]) -> int:
+    return -1 if group["maximize"] else 1  # SGD negates the gradient before it adds the decay

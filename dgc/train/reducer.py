@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -23,6 +23,8 @@ from dgc.train.patterns import Patterns
 from dgc.train.stats import Stats
 from dgc.train.step import Arrival
 
+Enter = Callable[[Sequence[str], Sequence[Tensor], Sequence[Row]], tuple[list[Tensor], list[Row]]]
+
 
 class Reducer:
     """Exchanges the gradients of `params`; state is keyed by parameter name.
@@ -37,7 +39,7 @@ class Reducer:
         comm: the ranks.
         rows: how the gradient of a parameter enters the memory now.
         loss_scale: by what the gradients of this step are too large.
-        enter: what enters the memory for the gradient of a parameter, and how.
+        enter: what enters the memory for the gradients of a bucket that are used, and how.
     """
 
     def __init__(
@@ -47,10 +49,7 @@ class Reducer:
         comm: Communicator,
         rows: Callable[[str], Row],
         loss_scale: Callable[[], float] = lambda: 1.0,
-        enter: Callable[[str, Tensor, Row], tuple[Tensor, Row]] = lambda name, grad, row: (
-            grad,
-            row,
-        ),
+        enter: Enter = lambda names, grads, rows: (list(grads), list(rows)),
     ) -> None:
         self.params, self.config, self.comm = dict(params), config, comm
         self.rows, self.loss_scale, self._enter = rows, loss_scale, enter
@@ -171,9 +170,7 @@ class Reducer:
             rows = [self.rows(name) for name in names]
             rows = [row._replace(gain=row.gain * scale) for row in rows]
             if grads is not None:
-                for i, name in enumerate(names):
-                    if used[i]:
-                        grads[i], rows[i] = self._enter(name, grads[i], rows[i])
+                self._let_enter(names, used, grads, rows)
             payload = bucket.send(grads, rows, used, self.step)
         density = bucket.density(self.step)
         if index == 0:
@@ -182,6 +179,17 @@ class Reducer:
         started = time.perf_counter()
         handle = bucket.pattern.start(self.comm, payload)
         self._started.append((handle, rows, payload.nbytes, started))
+
+    def _let_enter(
+        self, names: Sequence[str], used: Sequence[bool], grads: list[Tensor], rows: list[Row]
+    ) -> None:
+        """Overwrite `grads` and `rows` with what enters the memory, where they are used."""
+        which = [i for i, each in enumerate(used) if each]
+        found = self._enter(
+            [names[i] for i in which], [grads[i] for i in which], [rows[i] for i in which]
+        )
+        for i, grad, row in zip(which, *found, strict=True):
+            grads[i], rows[i] = grad, row
 
     def _scale(self) -> float:
         """The clipping factor of this step; nan if clipping finds the gradient not finite."""

@@ -17,6 +17,7 @@ LAUNCHED = {
     "cuda_kernels": (
         *("check", "advance", "count_digits", "pick_digit", "count_ties", "collect", "subtract"),
     ),
+    "cuda_steps": ("squares_finite", "precondition", "decay"),
     "decode_kernels": (
         "read_frames",
         "measure",

@@ -2,8 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
@@ -14,6 +13,7 @@ from dgc.core import kernels
 from dgc.core.kernels import cpu, reference
 from dgc.core.layout import Layout
 from dgc.core.sparse import SparseBatch
+from tests.core.implementations import Implementation
 
 NUMELS = (1, 3, 1024, 1025, 20_001, 64, 90_000, 2)
 LAYOUT = Layout.of(NUMELS)
@@ -33,37 +33,6 @@ def same_batch(found: SparseBatch, expected: SparseBatch) -> None:
     assert found.numels == expected.numels
     assert torch.equal(found.indices.cpu(), expected.indices)
     assert torch.equal(found.values.cpu().view(torch.int32), expected.values.view(torch.int32))
-
-
-class Implementation(NamedTuple):
-    """A kernel module and the device it works on; Triton's interpreter works on the CPU."""
-
-    module: ModuleType
-    device: str
-
-    def to(self, tensor: Tensor) -> Tensor:
-        return tensor.clone().to(self.device)
-
-    def layout(self, numels: Sequence[int]) -> Layout:
-        return Layout.of(numels, self.device)
-
-
-def triton_kernels() -> Implementation:
-    pytest.importorskip("triton")
-    from dgc.core.kernels import cuda
-
-    return Implementation(cuda, "cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture(params=["cpu, 1 thread", "cpu, 2 threads", "cpu, 5 threads", "triton"])
-def implementation(request: pytest.FixtureRequest) -> Iterator[Implementation]:
-    if request.param == "triton":
-        yield triton_kernels()
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(int(request.param.split()[1]))
-    yield Implementation(cpu, "cpu")
-    torch.set_num_threads(before)
 
 
 def edge_tensors() -> dict[str, tuple[Tensor, tuple[int, ...]]]:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from dgc.core import layout as layouts
 from dgc.core.layout import Layout
 from dgc.train import assemble
 from dgc.train.bucket import CompressedBucket, Row, updates
+from dgc.train.inner import InnerStep
 from dgc.train.memory import Memory
 from dgc.train.recorded import Recorder, Sender
 from tests.core.on_device import DEVICE, use_device_path
@@ -102,6 +104,28 @@ def test_the_receiver_waits_once(value_bits: int, waits: Waits) -> None:
             assert set(waits.found) <= {"cpu", "to"}
     assert waits.found == ["cpu"]
     assert all(bool((grad != 0).any()) for grad in grads)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_optimizers_share_does_not_wait(kind: Any, waits: Waits) -> None:
+    params = [torch.nn.Parameter(drawn) for drawn in normal(0, waits)]
+    group = {"momentum": 0.9, "nesterov": True} if kind is torch.optim.SGD else {}
+    optimizer = kind(params, lr=0.1, weight_decay=0.1, **group)
+    named = {str(i): param for i, param in enumerate(params)}
+    inner = InnerStep(optimizer, named, dgc.DGC(), world_size=2)
+    for step in range(3):
+        grads = normal(step, waits)
+        waits.found.clear()
+        with refused(DEVICE.type == "cuda" and step > 0):
+            entering, _ = inner.enter_([*named], grads, [inner.row(name) for name in named])
+            for param, grad in zip(params, entering, strict=True):
+                param.grad = grad
+            waits.mark(*params, *entering)
+            inner.before()
+            inner.after()
+        if step == 0:  # short tables, kept
+            assert set(waits.found) <= {"to"}
+    assert waits.found == []
 
 
 def test_what_waits_is_noticed() -> None:

@@ -1,4 +1,5 @@
-"""The passes over a bucket's memory; the one place that picks an implementation by device.
+"""The passes over a bucket's memory and over an optimizer's state; the one place that picks an
+implementation by device.
 
 `reference` is plain torch and defines the results, `cpu` is numba, `cuda` is Triton: all give the
 same bits.
@@ -14,6 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from dgc.core.kernels import reference
 from dgc.core.kernels.rounding import seed_of
 from dgc.core.layout import Layout
 from dgc.core.sparse import SparseBatch
@@ -24,7 +26,9 @@ __all__ = [
     "add_",
     "addresses",
     "codes_there",
+    "decay_",
     "dense",
+    "precondition_",
     "release_",
     "scatter_add_",
     "seed_of",
@@ -43,8 +47,6 @@ def _for(device: torch.device) -> ModuleType:
         from dgc.core.kernels import cuda
 
         return cuda
-    from dgc.core.kernels import reference
-
     return reference
 
 
@@ -238,3 +240,74 @@ def scatter_add_(
         [[1.0, 4.0], [3.5, 1.0, 1.0]]
     """
     _for(grads[0].device).scatter_add_(grads, positions, values, counts, scales)
+
+
+def precondition_(
+    grads: Sequence[Tensor], seconds: Sequence[Tensor], scales: Tensor, rows: Tensor
+) -> bool | Tensor:
+    """Divide gradients by the root of their second moment, as Adam does; overwrites both.
+
+    With (a, β, c, ε) the row of a tensor, every operation rounded to float32:
+
+        e = a·g        s ← β·s + c·e²        g ← e / (scale·√s + ε)
+
+    Args:
+        grads: T contiguous float32 tensors.
+        seconds: s, T contiguous float32 tensors of as many elements.
+        scales: float32 `[T]`, on the device of the others: what takes out a bias of s.
+        rows: float32 `[T, 4]` on the CPU.
+
+    Returns:
+        False, on a GPU as bool `[]` there, if an e² is not finite: then all of `grads` are nan and
+        `seconds` are left as they were.
+
+    Example:
+        >>> g, s, row = torch.tensor([3.0]), torch.tensor([14.0]), [2.0, 0.5, 0.5, 1.0]
+        >>> precondition_([g], [s], torch.ones(1), torch.tensor([row])), g.item(), s.item()
+        (True, 1.0, 25.0)
+    """
+    found: bool | Tensor = _for(grads[0].device).precondition_(grads, seconds, scales, rows)
+    return found
+
+
+def decay_(
+    grads: Sequence[Tensor], params: Sequence[Tensor], buffers: Sequence[Tensor], rows: Tensor
+) -> None:
+    """Add the momentum of weight decay to mean gradients; overwrites `grads` and `buffers`.
+
+    With (λ, m, c, nesterov, scale, kept) the row of a tensor, every operation rounded to float32:
+
+        d = λ·p        b ← m·b + c·d        g ← g + scale·b, with Nesterov g + scale·(d + m·b)
+        b ← kept·b     where g was not 0
+
+    Args:
+        grads: g, T tensors, of any layout, dtype and device.
+        params: p, T tensors of the shapes of `grads`; only read.
+        buffers: b, T tensors of these shapes.
+        rows: float32 `[T, 6]` on the CPU.
+
+    Example:
+        >>> g, p, b = torch.tensor([1.0]), torch.tensor([4.0]), torch.tensor([6.0])
+        >>> decay_([g], [p], [b], torch.tensor([[0.5, 0.5, 1.0, 0.0, 10.0, 0.5]]))
+        >>> g.item(), b.item()
+        (51.0, 2.5)
+    """
+    chosen: dict[torch.device | None, list[int]] = {}
+    for t, tensors in enumerate(zip(grads, params, buffers, strict=True)):
+        device = grads[t].device if _laid_out_alike(*tensors) else None
+        chosen.setdefault(device, []).append(t)
+    for device, which in chosen.items():
+        parts = [[each[t] for t in which] for each in (grads, params, buffers)]
+        (reference if device is None else _for(device)).decay_(*parts, rows[which])
+
+
+def _laid_out_alike(*tensors: Tensor) -> bool:
+    """Whether float32 memory holds their elements in the same order, without gaps."""
+    first = tensors[0]
+    whole = first.is_contiguous() or first.is_contiguous(memory_format=torch.channels_last)
+    # Of a dimension of one element the stride means nothing, and libraries set it as they like.
+    strides = [[s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in tensors]
+    return whole and all(
+        t.dtype == torch.float32 and own == strides[0]
+        for t, own in zip(tensors, strides, strict=True)
+    )

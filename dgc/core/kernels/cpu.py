@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dgc.core.kernels import cpu_radix, cpu_sweep, reference
+from dgc.core.kernels import cpu_radix, cpu_steps, cpu_sweep, reference
 from dgc.core.layout import Layout
 from dgc.core.sparse import SparseBatch
 
@@ -173,6 +173,31 @@ def release_(
     edges = _edges(batch.counts)
     chosen = (batch.indices.numpy(), layout.table.numpy(), edges, sent.numpy())
     _split(cpu_sweep.release, (*_states(u, v), *chosen), int(edges[-1]), MIN_PART)
+
+
+def precondition_(
+    grads: Sequence[Tensor], seconds: Sequence[Tensor], scales: Tensor, rows: Tensor
+) -> bool:
+    """As `reference.precondition_`."""
+    edges, addresses, table = _edges([g.numel() for g in grads]), _addresses(grads), rows.numpy()
+    work = int(edges[-1])
+    # A pass of its own: once an element has been updated it cannot be restored to the bit.
+    if not all(_split(cpu_steps.squares_finite, (addresses, edges, table), work, MIN_PART)):
+        for grad in grads:
+            grad.fill_(torch.nan)
+        return False
+    args = (addresses, _addresses(seconds), scales.numpy(), table, edges)
+    _split(cpu_steps.precondition, args, work, MIN_PART)
+    return True
+
+
+def decay_(
+    grads: Sequence[Tensor], params: Sequence[Tensor], buffers: Sequence[Tensor], rows: Tensor
+) -> None:
+    """As `reference.decay_`."""
+    edges = _edges([grad.numel() for grad in grads])
+    args = (*(_addresses(each) for each in (grads, params, buffers)), rows.numpy(), edges)
+    _split(cpu_steps.decay, args, int(edges[-1]), MIN_PART)
 
 
 def _guessed(bucket: _Bucket) -> Bits:

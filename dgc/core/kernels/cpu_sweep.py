@@ -53,12 +53,14 @@ def _bounds(starts: Any, stops: Any, edges: Any, t: int, lo: int, hi: int) -> An
 
 
 @kernel
-def _first_segment(edges: Any, lo: int) -> Any:
+def first_segment(edges: Any, lo: int) -> Any:
+    """The segment that holds element `lo` of the work. Example: edges [0, 3, 5], lo = 3: 1."""
     return np.searchsorted(edges, lo, side="right") - 1
 
 
 @kernel
-def _block_max(bits: Any) -> Any:
+def block_max(bits: Any) -> Any:
+    """The largest magnitude, as bits."""
     top = np.int32(0)
     for i in range(bits.size):
         top = max(top, bits[i] & MAGNITUDE)
@@ -68,11 +70,11 @@ def _block_max(bits: Any) -> Any:
 @kernel
 def all_finite(addresses: Any, edges: Any, lo: int, hi: int) -> bool:
     """Whether no element in the part is inf or nan. Example: bits 0x7F800000 are inf: False."""
-    t = _first_segment(edges, lo)
+    t = first_segment(edges, lo)
     while t < addresses.size and edges[t] < hi:
         first = max(lo, edges[t]) - edges[t]
         last = min(hi, edges[t + 1]) - edges[t]
-        if _block_max(tensor_at(addresses[t], first, last).view(np.int32)) >= INFINITE:
+        if block_max(tensor_at(addresses[t], first, last).view(np.int32)) >= INFINITE:
             return False
         t += 1
     return True
@@ -94,7 +96,7 @@ def square_sums(addresses: Any, edges: Any, sums: Any, lo: int, hi: int) -> None
     """
     for b in range(lo, hi):
         begin, end = b * SQUARES, min((b + 1) * SQUARES, edges[-1])
-        t, total = _first_segment(edges, begin), 0.0
+        t, total = first_segment(edges, begin), 0.0
         while t < addresses.size and edges[t] < end:
             first = max(begin, edges[t]) - edges[t]
             last = min(end, edges[t + 1]) - edges[t]
@@ -217,7 +219,7 @@ def collect(
     passed = np.zeros(starts.size, np.int64)
     spare_u, spare_v = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     where, what, n = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.float32), 0
-    t = _first_segment(edges, lo)
+    t = first_segment(edges, lo)
     while t < starts.size and edges[t] < hi:
         begin, end = _bounds(starts, stops, edges, t, lo, hi)
         before, keep, floor = n, keeps[t], low[t]
@@ -249,7 +251,7 @@ def release(
 
     Entry j lies in the tensor t with edges[t] ≤ j < edges[t + 1], at starts[t] + indices[j].
     """
-    t = _first_segment(edges, lo)
+    t = first_segment(edges, lo)
     for j in range(lo, hi):
         while j >= edges[t + 1]:
             t += 1

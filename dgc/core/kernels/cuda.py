@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from dgc.core.kernels import cuda_kernels as triton_kernels
-from dgc.core.kernels import decode_torch
+from dgc.core.kernels import cuda_steps, decode_torch
 from dgc.core.kernels.cuda_tables import BLOCK, Blocks, blocks_of, uploaded
 from dgc.core.kernels.cuda_trim import Candidates, Wanted, remember_, room, target, trim
 from dgc.core.layout import Layout
 from dgc.core.sparse import SparseBatch
 
 scatter_add_ = decode_torch.add_values_
+precondition_, decay_ = cuda_steps.precondition_, cuda_steps.decay_
 
 WARPS = 8
 """Of a program that updates the state: with `BLOCK` the fastest of what was tried on an H100."""

@@ -135,3 +135,39 @@ def scatter_add_(
             inside = (where[:count] >= start) & (where[:count] < start + grad.numel())
             grad.view(-1)[where[:count][inside] - start] += what[:count][inside] * scale
             start += grad.numel()
+
+
+def precondition_(
+    grads: Sequence[Tensor], seconds: Sequence[Tensor], scales: Tensor, rows: Tensor
+) -> bool:
+    """s ← β·s + c·e² and g ← e / (scale·√s + ε) with e = a·g; only nan if an e² is not finite.
+
+    Example, a = 2, β = c = 0.5, ε = scale = 1, g = 3, s = 14: e = 6, s ← 7 + 18 = 25, g ← 6/6.
+    """
+    scaled = [grad * gain for grad, (gain, *_) in zip(grads, rows.tolist(), strict=True)]
+    finite = all(bool(e.square().isfinite().all()) for e in scaled)
+    each = zip(grads, seconds, scaled, scales.tolist(), rows.tolist(), strict=True)
+    for grad, second, e, scale, (_, kept, share, eps) in each:
+        if finite:
+            second.mul_(kept).add_((e.square() * share).view_as(second))
+        root = second.double().sqrt().float() * scale + eps  # torch's float32 root is off by a bit
+        grad.copy_(e / root.view_as(e)) if finite else grad.fill_(torch.nan)
+    return finite
+
+
+def decay_(
+    grads: Sequence[Tensor], params: Sequence[Tensor], buffers: Sequence[Tensor], rows: Tensor
+) -> None:
+    """b ← m·b + c·λ·p and g ← g + scale·b, or Nesterov's form; b ← kept·b where g was not 0.
+
+    Example, λ = m = kept = 0.5, c = 1, scale = 10, g = 1, p = 4, b = 6: b ← 3 + 2 = 5, g ← 51,
+    b ← 2.5; with Nesterov g ← 1 + 10·(2 + 2.5) = 46.
+    """
+    for grad, param, buffer, row in zip(grads, params, buffers, rows.tolist(), strict=True):
+        decay, momentum, gain, nesterov, scale, kept = row
+        d = param * decay
+        buffer.mul_(momentum).add_(d * gain)
+        step = d + buffer * momentum if nesterov else buffer
+        arrived = grad != 0
+        grad.add_(step * scale)
+        buffer.mul_(torch.where(arrived, kept, 1.0))
