@@ -261,7 +261,8 @@ def test_training_equals_the_host_path(
     def trained(device: torch.device) -> Tensor:
         def body(comm: ThreadCommunicator) -> Tensor:
             model = Toy().to(device)
-            optimizer = wrap(model, config, comm, {"lr": 0.1, "momentum": 0.5})
+            options = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.01}
+            optimizer = wrap(model, config, comm, options)
             train(model, optimizer, range(12), lambda *at: [g.to(device) for g in found(*at)])
             return flat(model).cpu()
 
@@ -273,3 +274,31 @@ def test_training_equals_the_host_path(
     here = trained(torch.device("cpu"))
     assert bool(here.isfinite().all())
     assert torch.equal(there, here)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # Triton's interpreter
+def test_adam_equals_the_host_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a square is not finite, on one rank, too."""
+    config = dgc.DGC(density=0.1, min_selected=2, value_bits=32)
+
+    def found(step: int, rank: int) -> list[Tensor]:
+        drawn = gradients(step, rank)
+        if (step, rank) == (3, 1):
+            drawn[0][1, 2] = 1e30
+        return drawn
+
+    def trained(device: torch.device) -> Tensor:
+        def body(comm: ThreadCommunicator) -> Tensor:
+            model = Toy().to(device)
+            adam = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
+            optimizer = dgc.DistributedOptimizer(adam, model.named_parameters(), config, comm)
+            train(model, optimizer, range(8), lambda *at: [g.to(device) for g in found(*at)])
+            assert optimizer.stats()["skipped_steps"] == 1
+            return flat(model).cpu()
+
+        return run_ranks(2, body)[0]
+
+    there = trained(DEVICE)
+    monkeypatch.undo()
+    message_plan.cache_clear()
+    torch.testing.assert_close(there, trained(torch.device("cpu")), rtol=1e-5, atol=1e-6)
