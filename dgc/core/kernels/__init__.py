@@ -303,11 +303,8 @@ def decay_(
 
 def _laid_out_alike(*tensors: Tensor) -> bool:
     """Whether float32 memory holds their elements in the same order, without gaps."""
-    first = tensors[0]
-    whole = first.is_contiguous() or first.is_contiguous(memory_format=torch.channels_last)
-    # Of a dimension of one element the stride means nothing, and libraries set it as they like.
-    strides = [[s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in tensors]
-    return whole and all(
-        t.dtype == torch.float32 and own == strides[0]
-        for t, own in zip(tensors, strides, strict=True)
-    )
+    if any(tensor.dtype is not torch.float32 for tensor in tensors):
+        return False
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return True
+    return all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors)
