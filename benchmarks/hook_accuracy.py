@@ -34,7 +34,12 @@ from benchmarks.convergence_tasks import TASKS
 from benchmarks.harness import RESULTS, table
 
 KEY = ("task", "arm", "seed", "lr", "epochs", "batch", "workers", "schedule")
-POWERSGD = tuple(f"powersgd,rank={rank},start=23" for rank in (1, 2, 4))
+ARMS = (
+    *("none", "fp16", "powersgd,rank=1,start=2,lr=0.05"),
+    *("powersgd,rank=2,start=2", "powersgd,rank=4,start=2"),
+    *("dgc,warmup_epochs=0.5,lr=0.2", "dgc,density=0.0035,warmup_epochs=0.1,lr=0.2"),
+)
+"""By default: those of README for the task lenet300."""
 
 
 def fields_of(arm: str) -> dict[str, str]:
@@ -131,11 +136,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", choices=TASKS, default="lenet300")
-    parser.add_argument(
-        "--arms",
-        nargs="+",
-        default=["none", "fp16", *POWERSGD, "dgc,warmup_epochs=0.5,lr=0.2"],
-    )
+    parser.add_argument("--arms", nargs="+", default=ARMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--batch", type=int, default=64, help="of one rank")
