@@ -151,7 +151,10 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "Grad strides do not match")  # slower, and no less right
     rt = dgc.init("gloo")
-    for run in list(wanted(args, rt.world_size)):
+    runs = list(wanted(args, rt.world_size))
+    if not runs and rt.rank == 0:
+        print(f"{args.out} has these runs: with another --out they run again")
+    for run in runs:
         found = train(args, run["arm"], run["seed"], run["lr"])
         if rt.rank == 0:
             row = {**run, **found, **provenance("cpu")}

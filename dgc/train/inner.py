@@ -106,10 +106,10 @@ class InnerStep:
         self, names: Sequence[str], grads: Sequence[Tensor], rows: Sequence[Row]
     ) -> tuple[list[Tensor], list[Row]]:
         """What enters the memory for the gradients of a bucket, which may be overwritten, and how."""
-        if not self.owns_momentum or not names or is_excluded(names[0], self.config):
+        if not self._adds_steps or not names or is_excluded(names[0], self.config):
             return list(grads), list(rows)
         owned = [Owned(name, self.params[name], self._group_of(name)) for name in names]
-        return self.local.enter_(owned, grads, rows)
+        return self.adam.enter_(owned, grads, rows)
 
     def _divisor(self, group: dict[str, Any]) -> float:
         """The rate at which what arrives is applied.

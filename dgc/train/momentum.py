@@ -55,12 +55,6 @@ class Momentum(Protocol):
         """How the gradient of `param` enters the memory; `first` at its first step."""
         ...
 
-    def enter_(
-        self, owned: Sequence[Owned], grads: Sequence[Tensor], rows: Sequence[Row]
-    ) -> tuple[list[Tensor], list[Row]]:
-        """What enters the memory for `grads`, which may be overwritten, and how."""
-        return list(grads), list(rows)
-
     def local_(self, owned: Sequence[Owned]) -> None:
         """Add the local share of each, times its scale, to `.grad`, the mean that arrived."""
         ...

@@ -10,7 +10,7 @@ SCRIPT = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from dgc.core.kernels import cuda_kernels, cuda_tables, decode_kernels, decode_torch
+from dgc.core.kernels import cuda_kernels, cuda_steps, cuda_tables, decode_kernels, decode_torch
 from dgc.core.quantize import VALUE_BITS, parameter_bytes
 
 
@@ -42,6 +42,12 @@ for state, update, momentum in (("*fp32", True, True), ("*i16", True, True), ("*
     ptx += assembly(cuda_kernels.collect, types, block)
     assert "fma." not in ptx, "fused multiply-adds round otherwise than the reference"
     assert ".ftz" not in ptx, "denormals are flushed"
+
+for kernel in (cuda_steps.squares_finite, cuda_steps.precondition, cuda_steps.decay):
+    ptx = assembly(kernel, {"rows": "*fp32", "scales": "*fp32"}, block)
+    assert "fma." not in ptx and ".ftz" not in ptx and "approx" not in ptx and "div.full" not in ptx
+    if kernel is cuda_steps.precondition:
+        assert "sqrt.rn.f32" in ptx and "div.rn.f32" in ptx
 
 block = {"BLOCK": decode_torch.BLOCK}
 sizes = dict.fromkeys(("width", "head_bytes", "num_tensors", "slots", "low_bits"), "i32")

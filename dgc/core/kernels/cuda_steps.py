@@ -52,6 +52,21 @@ def _tables(*lists: Sequence[Tensor]) -> _Table:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _block(owners: "Any", firsts: "Any", numels: "Any", BLOCK: tl.constexpr) -> "Any":
+    """The program's tensor, its elements, and which of these there are."""
+    b = tl.program_id(0)
+    t = tl.load(owners + b)
+    at = tl.load(firsts + b) + tl.arange(0, BLOCK)
+    return t, at, at < tl.load(numels + t)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _of(addresses: "Any", t: "Any") -> "Any":
+    """Where the float32 elements of tensor t begin."""
+    return tl.load(addresses + t).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def squares_finite(
     grads: "Any",
     rows: "Any",
@@ -62,11 +77,8 @@ def squares_finite(
     BLOCK: tl.constexpr,
 ) -> None:
     """bad ← 1 if a square in the block is inf or nan. Example: that of 1e20 is."""
-    b = tl.program_id(0)
-    t = tl.load(owners + b)
-    at = tl.load(firsts + b) + tl.arange(0, BLOCK)
-    g = tl.load(grads + t).to(tl.pointer_type(tl.float32))
-    value = tl.load(g + at, mask=at < tl.load(numels + t), other=0.0) * tl.load(rows + 4 * t)
+    t, at, inside = _block(owners, firsts, numels, BLOCK)
+    value = tl.load(_of(grads, t) + at, mask=inside, other=0.0) * tl.load(rows + 4 * t)
     if tl.max((value * value).to(tl.int32, bitcast=True) & MAGNITUDE) >= 0x7F800000:
         tl.atomic_max(bad, 1)
 
@@ -84,13 +96,10 @@ def precondition(
     BLOCK: tl.constexpr,
 ) -> None:
     """One block of `reference.precondition_`; g ← nan if `bad`."""
-    b = tl.program_id(0)
-    t = tl.load(owners + b)
-    at = tl.load(firsts + b) + tl.arange(0, BLOCK)
-    inside = at < tl.load(numels + t)
-    g = tl.load(grads + t).to(tl.pointer_type(tl.float32)) + at
+    t, at, inside = _block(owners, firsts, numels, BLOCK)
+    g = _of(grads, t) + at
     if tl.load(bad) == 0:
-        s = tl.load(seconds + t).to(tl.pointer_type(tl.float32)) + at
+        s = _of(seconds, t) + at
         row = rows + 4 * t
         entering = tl.load(g, mask=inside, other=0.0) * tl.load(row)
         second = tl.load(s, mask=inside, other=1.0) * tl.load(row + 1)
@@ -114,13 +123,10 @@ def decay(
     BLOCK: tl.constexpr,
 ) -> None:
     """One block of `reference.decay_`."""
-    b = tl.program_id(0)
-    t = tl.load(owners + b)
-    at = tl.load(firsts + b) + tl.arange(0, BLOCK)
-    inside = at < tl.load(numels + t)
-    g = tl.load(grads + t).to(tl.pointer_type(tl.float32)) + at
-    p = tl.load(params + t).to(tl.pointer_type(tl.float32)) + at
-    buffer = tl.load(buffers + t).to(tl.pointer_type(tl.float32)) + at
+    t, at, inside = _block(owners, firsts, numels, BLOCK)
+    g = _of(grads, t) + at
+    p = _of(params, t) + at
+    buffer = _of(buffers, t) + at
     row = rows + 6 * t
     momentum, nesterov = tl.load(row + 1), tl.load(row + 3) != 0
     mean = tl.load(g, mask=inside, other=0.0)
