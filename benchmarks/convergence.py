@@ -10,9 +10,10 @@ are in the file already are skipped.
     python -m benchmarks.convergence --picture docs/accuracy.png
 
 An arm is `dense`, `dgc` or `paper`, and changes to the fields of its configuration, with
-`warmup_epochs` for the warm-up and `lr` for another learning rate:
-`dgc,value_bits=32,warmup_epochs=0.5,lr=0.03`; a dtype by its name, `state_dtype=bfloat16`. That
-warm-up is of the density; with `--schedule warmup-cosine` the rate rises over the first twentieth.
+`warmup_epochs` for the warm-up, and to options of the optimizer, `lr`, `momentum` and
+`weight_decay`: `dgc,value_bits=32,warmup_epochs=0.5,lr=0.03`; a dtype by its name,
+`state_dtype=bfloat16`. That warm-up is of the density; with `--schedule warmup-cosine` the rate
+rises over the first twentieth.
 """
 
 import argparse
@@ -23,10 +24,11 @@ import subprocess
 import sys
 import time
 from ast import literal_eval
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from datetime import date
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -44,22 +46,23 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "warmup-cosine": lambda done: min(1, 20 * done) * 0.5 * (1 + math.cos(math.pi * done)),
     "step": lambda done: 0.1 ** ((done >= 0.5) + (done >= 0.75)),
 }
+OPTIONS = ("lr", "momentum", "weight_decay")
 KEY = ("task", "arm", "seed", "workers", "batch", "epochs", "schedule", "lr")
 
 
-def parse_arm(arm: str, steps_per_epoch: int) -> tuple[Compression, float | None]:
-    """The configuration that an arm names, and its learning rate if it has one of its own."""
+def parse_arm(arm: str, steps_per_epoch: int) -> tuple[Compression, dict[str, float]]:
+    """The configuration that an arm names, and the optimizer's options that it changes."""
     base, *changes = arm.split(",")
     fields: dict[str, Any] = {k: _value(v) for k, v in (each.split("=") for each in changes)}
-    lr = fields.pop("lr", None)
+    options = {key: fields.pop(key) for key in OPTIONS if key in fields}
     if "warmup_epochs" in fields:
         fields["warmup_steps"] = round(fields.pop("warmup_epochs") * steps_per_epoch)
     if base == "dense":
-        return Dense(**fields), lr
+        return Dense(**fields), options
     if base == "paper":
-        return DGC.paper(**{"warmup_steps": 0, **fields}), lr
+        return DGC.paper(**{"warmup_steps": 0, **fields}), options
     assert base == "dgc", f"unknown arm {arm}"
-    return DGC(**fields), lr
+    return DGC(**fields), options
 
 
 def _value(text: str) -> Any:
@@ -87,14 +90,21 @@ def train(
     epochs: int,
     lr: float,
     schedule: str = "cosine",
+    options: Mapping[str, float] = MappingProxyType({}),
     device: str = "cpu",
     note: str = "",
 ) -> Trained:
-    """Train once; `note` is printed with the progress, if it is not empty."""
+    """Train once; `note` is printed with the progress, if it is not empty.
+
+    `options` are the optimizer's, in place of the task's.
+    """
     model = task.model(seed).to(device)
     if torch.device(device).type == "cuda":
         record(model, task.example(batch).to(device))
-    world = World(model, task.optimizer(model, lr), config, workers)
+    optimizer = task.optimizer(model, lr)
+    for group in optimizer.param_groups:
+        group.update(options)
+    world = World(model, optimizer, config, workers)
     total, step, start = epochs * task.steps(workers, batch), 0, time.perf_counter()
     clip = task.clip if isinstance(config, Dense) else None  # DGC clips by its own clip_norm
     curve: list[float] = []
@@ -126,11 +136,11 @@ def record(model: torch.nn.Module, example: Tensor) -> None:
 def run(args: argparse.Namespace, arm: str, seed: int, lr: float) -> dict[str, Any]:
     """The row of one arm."""
     task = TASKS[args.task]
-    config, own_lr = parse_arm(arm, task.steps(args.workers, args.batch))
+    config, options = parse_arm(arm, task.steps(args.workers, args.batch))
     setting = {key: getattr(args, key) for key in ("workers", "batch", "epochs", "schedule")}
-    setting |= {"seed": seed, "lr": own_lr or lr}
+    setting |= {"seed": seed, "lr": options.pop("lr", lr)}
     note = f"{args.task} {arm} seed {seed}"
-    done = train(task, config, **setting, device=args.device, note=note)
+    done = train(task, config, **setting, options=options, device=args.device, note=note)
     diverged = len(done.curve) < args.epochs
     linear = isinstance(done.world.optimizer.optimizer, torch.optim.SGD)
     return {
@@ -224,8 +234,8 @@ def report(args: argparse.Namespace) -> None:
 
 def once(args: argparse.Namespace, arm: str, seed: int, lr: float) -> None:
     """Run one arm unless its row is there."""
-    own = parse_arm(arm, TASKS[args.task].steps(args.workers, args.batch))[1] or lr
-    wanted = {**vars(args), "arm": without_rate(arm), "seed": seed, "lr": own}
+    options = parse_arm(arm, TASKS[args.task].steps(args.workers, args.batch))[1]
+    wanted = {**vars(args), "arm": without_rate(arm), "seed": seed, "lr": options.get("lr", lr)}
     if any(all(row[k] == wanted[k] for k in KEY) for row in read(args.out)):
         return
     row = {**run(args, arm, seed, lr), **provenance(args.device)}

@@ -56,7 +56,9 @@ class Hook:
         self.kind, fields = arm.split(",")[0], fields_of(arm)
         self.numel = sum(param.numel() for param in ddp.parameters())
         if self.kind == "dgc":
-            self.stats = dgc.register(ddp, sgd, parse_arm(arm, steps_per_epoch)[0]).stats
+            config, options = parse_arm(arm, steps_per_epoch)
+            assert not options, f"{arm}: only the rate can differ here"
+            self.stats = dgc.register(ddp, sgd, config).stats
         elif self.kind == "fp16":
             ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
         elif self.kind == "powersgd":
