@@ -1,8 +1,8 @@
 """What does the whole sender cost beside the bare momentum update that dense training makes anyway?
 
-    python -m benchmarks.bench_sender [--rounds 15] [--device cuda]
+    python -m benchmarks.bench_sender [--rounds 15] [--device cuda] [--density 0.0035 --value-bits 1]
 
-One step on 25,557,032 elements, density 0.001, 4-bit values, as one tensor and as ResNet-50's 161.
+One step on 25,557,032 elements, as one tensor and as ResNet-50's 161.
 All rows are called in turn, medians over the rounds. The gradients of four steps are used in turn,
 after thirty steps that let the residual grow.
 """
@@ -10,6 +10,7 @@ after thirty steps that let the residual grow.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -20,7 +21,7 @@ from benchmarks.shapes import resnet50
 from dgc.config import DGC
 from dgc.core import kernels
 from dgc.core.layout import Layout
-from dgc.core.select import ChunkedTopK, ExactTopK, Selector, ThresholdTopK, num_selected
+from dgc.core.select import ChunkedTopK, ExactTopK, ThresholdTopK, num_selected
 from dgc.train import wire
 from dgc.train.arrive import Expected
 from dgc.train.memory import Memory
@@ -28,8 +29,6 @@ from dgc.train.recorded import Receiver, Sender
 from dgc.train.step import message_plan
 
 NUMEL = 25_557_032
-DENSITY = 0.001
-VALUE_BITS = 4
 SETTLE_STEPS = 30
 RANKS = 4
 
@@ -46,15 +45,12 @@ class Rank:
 
     def __init__(
         self,
-        selector: Selector,
+        config: DGC,
         numels: Sequence[int],
         gradients: Sequence[Sequence[Tensor]],
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.numels, self.gradients, self.step = numels, gradients, 0
-        layout = Layout.of(numels, gradients[0][0].device)
-        config = DGC(density=DENSITY, value_bits=VALUE_BITS, selector=selector, state_dtype=dtype)
-        self.memory = Memory(layout, config)
+        self.memory = Memory(Layout.of(numels, gradients[0][0].device), config)
         self.sender = Sender(self.memory)
         self.update = torch.tensor([[0.9, 1.0, 0.1, 0.0]]).repeat(len(numels), 1)
 
@@ -65,7 +61,8 @@ class Rank:
 
     def __call__(self) -> Tensor:
         used = [True] * len(self.numels)
-        return self.sender.send_(self.next(), self.update, DENSITY, used)[0]
+        density = self.memory.config.density
+        return self.sender.send_(self.next(), self.update, density, used)[0]
 
     def accumulate(self) -> None:
         memory = self.memory
@@ -89,46 +86,46 @@ def bare_update(gradients: Sequence[Tensor]) -> Callable[[], None]:
 def parts(rank: Rank) -> dict[str, Callable[[], object]]:
     """The stages of a step, each on its own, on a copy of the state of `rank`."""
     grads, v, layout = rank.gradients[0], rank.memory.v.clone(), rank.memory.layout
-    idle = Rank(rank.memory.config.selector, rank.numels, rank.gradients)
-    counts, size = message_plan(layout.numels, DENSITY, rank.memory.config, v.device)
+    config = rank.memory.config
+    idle, bits = Rank(config, rank.numels, rank.gradients), config.value_bits
+    counts, size = message_plan(layout.numels, config.density, config, v.device)
     batch = ExactTopK().select_(v, layout, counts, None)
     nothing = torch.zeros_like(batch.values)
     gathered = torch.stack([rank().clone() for _ in range(RANKS)])
     means = [torch.empty_like(grad) for grad in grads]
-    scales, expected = [1 / RANKS] * len(means), Expected(VALUE_BITS, sum(counts))
+    scales, expected = [1 / RANKS] * len(means), Expected(bits, sum(counts))
     receiver = Receiver()
     return {
         "part: squared norm of the gradients": lambda: kernels.squared_norm(grads),
         "part: accumulate, with its check for finite": idle.accumulate,
-        "part: quantise and encode": lambda: wire.encode_batch(
-            batch, VALUE_BITS, message_bytes=size
-        ),
+        "part: quantise and encode": lambda: wire.encode_batch(batch, bits, message_bytes=size),
         "part: release": lambda: kernels.release_(None, v, layout, batch, nothing, masking=False),
         f"receive {RANKS} messages": lambda: receiver.receive_(gathered, means, scales, expected),
     }
 
 
 def measure(
-    numels: Sequence[int], rounds: int, device: str
+    numels: Sequence[int], config: DGC, rounds: int, device: str
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Times in milliseconds; and memory beside u and v, in percent of theirs in their dtype."""
     whole = [gradient(seed).to(device) for seed in range(1, 5)]
     split = [[part.clone() for part in g.split(list(numels))] for g in whole]
-    senders = {
-        "sender, threshold": Rank(ThresholdTopK(), numels, split),
-        "sender, exact": Rank(ExactTopK(), numels, split),
-        "sender, chunks of 4096": Rank(ChunkedTopK(), numels, split),
-        "sender, threshold, bf16 state": Rank(ThresholdTopK(), numels, split, torch.bfloat16),
+    configs = {
+        "sender, threshold": config,
+        "sender, exact": replace(config, selector=ExactTopK()),
+        "sender, chunks of 4096": replace(config, selector=ChunkedTopK()),
+        "sender, threshold, bf16 state": replace(config, state_dtype=torch.bfloat16),
     }
+    senders = {name: Rank(each, numels, split) for name, each in configs.items()}
     if device != "cpu":
-        senders["sender, threshold, not recorded"] = Rank(ThresholdTopK(), numels, split)
+        senders["sender, threshold, not recorded"] = Rank(config, numels, split)
         senders["sender, threshold, not recorded"].sender.recorder.unrecorded = sys.maxsize
     for sender in senders.values():
         for _ in range(SETTLE_STEPS):
             sender()
     half = torch.empty(NUMEL, dtype=torch.float16, device=device)
     flat = senders["sender, exact"].memory.v
-    k = num_selected(NUMEL, DENSITY)
+    k = num_selected(NUMEL, config.density)
     others = {
         "bare update: u.mul_(m).add_(g); v.add_(u)": bare_update(whole),
         "16-bit: cast the gradient to fp16 and back": lambda: whole[0].copy_(half.copy_(whole[1])),
@@ -167,10 +164,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument("--density", type=float, default=0.001)
+    parser.add_argument("--value-bits", type=int, default=4)
     parser.add_argument("--save", help="sender_cpu2 by default, or sender_cuda")
     arguments = parser.parse_args()
     print(setup())
-    how = arguments.rounds, arguments.device
+    config = DGC(
+        density=arguments.density, value_bits=arguments.value_bits, selector=ThresholdTopK()
+    )
+    how = config, arguments.rounds, arguments.device
     one, one_memory = measure([NUMEL], *how)
     many, many_memory = measure([prod(shape) for shape in resnet50()], *how)
     found = rows("1 tensor", one, one_memory) + rows("161 tensors", many, many_memory)
