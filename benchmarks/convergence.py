@@ -103,6 +103,7 @@ def train(
         record(model, task.example(batch).to(device))
     optimizer = task.optimizer(model, lr)
     for group in optimizer.param_groups:
+        assert options.keys() <= group.keys(), f"{type(optimizer).__name__} has no {dict(options)}"
         group.update(options)
     world = World(model, optimizer, config, workers)
     total, step, start = epochs * task.steps(workers, batch), 0, time.perf_counter()
