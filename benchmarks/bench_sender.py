@@ -44,10 +44,7 @@ class Rank:
     """One rank's memory, and its steps as training makes them."""
 
     def __init__(
-        self,
-        config: DGC,
-        numels: Sequence[int],
-        gradients: Sequence[Sequence[Tensor]],
+        self, config: DGC, numels: Sequence[int], gradients: Sequence[Sequence[Tensor]]
     ) -> None:
         self.numels, self.gradients, self.step = numels, gradients, 0
         self.memory = Memory(Layout.of(numels, gradients[0][0].device), config)

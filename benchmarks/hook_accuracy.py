@@ -38,6 +38,7 @@ ARMS = (
     *("none", "fp16", "powersgd,rank=1,start=2,lr=0.05"),
     *("powersgd,rank=2,start=2", "powersgd,rank=4,start=2"),
     *("dgc,warmup_epochs=0.5,lr=0.2", "dgc,density=0.0035,warmup_epochs=0.1,lr=0.2"),
+    "dgc,density=0.0035,warmup_epochs=0.1,value_bits=1,lr=0.2",
 )
 """By default: those of README for the task lenet300."""
 

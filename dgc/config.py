@@ -67,7 +67,8 @@ class DGC(Compression):
     """Share of each parameter's elements that is sent in a step, in (0, 1]. A rank keeps an
     element for about 1/density steps. For a few thousand steps of SGD 0.0035 with 1-bit values, after
     some 25 steps of warm-up, keeps more accuracy than 0.001 with 4 bits after 120, for about the same
-    bytes; with Adam take 12/steps or more (docs/log.md, 2026-11-26)."""
+    bytes; for a small Transformer with Adam 0.008, with 1-bit values, 1 element of each parameter at
+    least and no warm-up (docs/log.md, 2026-11-26)."""
 
     min_selected: int = 16
     """Elements of a parameter that are sent at least, >= 1, or all if it has fewer. At one element a
