@@ -93,7 +93,7 @@ class Memory:
         # On the host repeat_interleave, like v[places], would wake torch's threads: they then wait
         # for more and take the next kernel's core.
         starts = np.repeat(np.array(self.layout.offsets[:-1], np.int64), batch.counts)
-        return batch.indices + torch.from_numpy(starts).to(self.v.device)
+        return torch.from_numpy(starts).to(self.v.device).add_(batch.indices)
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Views of the state of one tensor, by the paper's names."""

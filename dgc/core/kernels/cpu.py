@@ -96,7 +96,7 @@ class _Bucket(NamedTuple):
     ) -> "_Bucket":
         wanted = np.array(counts, np.int64)
         # So many candidates that a drift of the values from step to step rarely leaves under k.
-        targets = np.where(wanted > 0, np.minimum(2 * wanted + 32, layout.numels), 0)
+        targets = np.where(wanted > 0, np.minimum(wanted + wanted // 2 + 32, layout.numels), 0)
         edges, known = layout.table.numpy(), _floats(thresholds)
         return cls(*_states(u, v), layout, edges, wanted, targets, known)
 
@@ -168,11 +168,10 @@ def release_(
     seed: int = 0,
 ) -> None:
     """As `reference.release_`."""
-    if v.dtype == torch.bfloat16:  # so few elements are not worth a loop that rounds each
-        return reference.release_(u, v, layout, batch, sent, seed)
     edges = _edges(batch.counts)
     chosen = (batch.indices.numpy(), layout.table.numpy(), edges, sent.numpy())
-    _split(cpu_sweep.release, (*_states(u, v), *chosen), int(edges[-1]), MIN_PART)
+    args = (*_states(u, v), *chosen, np.uint32(seed))
+    _split(cpu_sweep.release, args, int(edges[-1]), MIN_PART)
 
 
 def precondition_(
@@ -222,8 +221,16 @@ def _collect(bucket: _Bucket, low: Bits, addresses: Ints, rows: Floats, seed: in
 
 def _sweep(args: tuple[Any, ...]) -> _Candidates:
     parts = _split(cpu_sweep.collect, args, int(args[5][-1]), MIN_PART)
-    positions, values, passed = zip(*parts, strict=True)
-    return _Candidates(np.concatenate(positions), np.concatenate(values), np.sum(passed, axis=0))
+    positions, values, passed = map(list, zip(*parts, strict=True))
+    del parts
+    return _Candidates(_joined(positions), _joined(values), np.sum(passed, axis=0))
+
+
+def _joined(parts: list[Any]) -> Any:
+    """The arrays end to end; empties the list, so that no part is held for longer than needed."""
+    whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    parts.clear()
+    return whole
 
 
 def _replaced(found: _Candidates, bucket: _Bucket, few: Ints) -> _Candidates:

@@ -57,20 +57,23 @@ def magnitudes(values: Any) -> Any:
 def compact(where: Any, what: Any, begin: int, end: int, keep: int) -> Any:
     """Move the `keep` largest of the candidates [begin, end), of equal ones the first, to `begin`.
 
+    The values of the others follow in any order, without their positions.
+
     Returns:
         Where they end, and the bits of the smallest one's magnitude.
 
-    Example: values 2, -3, 2, 1, keep 2: 2, -3 remain and the bits of 2 are returned.
+    Example: values 2, -3, 2, 1, keep 2: 2, -3 come first and the bits of 2 are returned.
     """
-    bits = magnitudes(what[begin:end])
-    smallest = kth_largest(bits.copy(), keep)
-    ties = keep - (bits > smallest).sum()
-    n = begin
-    for j in range(end - begin):
-        if bits[j] > smallest or (bits[j] == smallest and ties > 0):
-            ties -= bits[j] == smallest
-            where[n] = where[begin + j]
-            what[n] = what[begin + j]
+    smallest = kth_largest(magnitudes(what[begin:end]), keep)
+    bits, ties, n = what.view(np.int32), keep, begin
+    for j in range(begin, end):
+        ties -= (bits[j] & MAGNITUDE) > smallest
+    for j in range(begin, end):
+        magnitude = bits[j] & MAGNITUDE
+        if magnitude > smallest or (magnitude == smallest and ties > 0):
+            ties -= magnitude == smallest
+            where[n] = where[j]
+            what[n], what[j] = what[j], what[n]
             n += 1
     return n, smallest
 
@@ -129,7 +132,6 @@ def trim(
     for t in range(lo, hi):
         begin, end, out = edges[t], edges[t + 1], out_edges[t]
         count = out_edges[t + 1] - out
-        all_candidates = what[begin:end].copy() if thresholds.size else what[:0]
         if 0 < count < end - begin:
             compact(where, what, begin, end, count)
         for j in range(count):
@@ -137,4 +139,4 @@ def trim(
             values[out + j] = what[begin + j]
         if thresholds.size and wanted[t]:
             kept = values[out : out + count]
-            thresholds[t] = _guess(all_candidates, kept, wanted[t], targets[t])
+            thresholds[t] = _guess(what[begin:end], kept, wanted[t], targets[t])

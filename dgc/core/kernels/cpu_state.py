@@ -25,6 +25,11 @@ def close(moved: Any, u: Any, block: Any, v: Any, first: Any, seed: Any) -> None
     """
 
 
+def lessen(v: Any, at: Any, sent: Any, seed: Any) -> None:
+    """v[at] ← v[at] − sent, rounded as `close` does."""
+    v[at] -= sent
+
+
 @overload(opened)
 def _opened(state: Any, first: Any, last: Any, spare: Any) -> Any:
     return opened if state.dtype == types.float32 else _opened_halves
@@ -33,6 +38,17 @@ def _opened(state: Any, first: Any, last: Any, spare: Any) -> Any:
 @overload(close)
 def _close(moved: Any, u: Any, block: Any, v: Any, first: Any, seed: Any) -> Any:
     return close if v.dtype == types.float32 else _close_halves
+
+
+@overload(lessen)
+def _lessen(v: Any, at: Any, sent: Any, seed: Any) -> Any:
+    return lessen if v.dtype == types.float32 else _lessen_half
+
+
+def _lessen_half(v: Any, at: Any, sent: Any, seed: Any) -> None:
+    left = np.int32(np.int32(v[at]) << np.int32(16)).view(np.float32) - sent
+    random = _mixed(np.uint32(at) ^ seed) >> np.uint32(V_BITS)
+    v[at] = _half(np.float32(left).view(np.int32), random)
 
 
 def _opened_halves(state: Any, first: Any, last: Any, spare: Any) -> Any:

@@ -16,7 +16,7 @@ from numba.np.numpy_support import carray
 
 # The disk cache of a kernel here does not notice a change in these: delete it after one.
 from dgc.core.kernels.cpu_radix import MAGNITUDE, compact, kernel
-from dgc.core.kernels.cpu_state import close, opened
+from dgc.core.kernels.cpu_state import close, lessen, opened
 
 reassociating = njit(nogil=True, cache=True, fastmath={"reassoc"})
 
@@ -172,15 +172,15 @@ def _search(v: Any, at: int, first: int, low: Any, where: Any, what: Any, n: int
 
 
 @kernel
-def _room(where: Any, what: Any, n: int) -> Any:
-    """The two buffers, copied into larger ones if a block's worth does not fit after n."""
-    if n + BLOCK <= where.size:
-        return where, what
-    more_where = np.empty(2 * where.size + BLOCK, np.int64)
-    more_what = np.empty(2 * where.size + BLOCK, np.float32)
-    more_where[:n] = where[:n]
-    more_what[:n] = what[:n]
-    return more_where, more_what
+def _room(starts: Any, stops: Any, edges: Any, keeps: Any, lo: int, hi: int) -> int:
+    """How many candidates the buffers of the part must hold at most."""
+    t, room = first_segment(edges, lo), 0
+    while t < starts.size and edges[t] < hi:
+        begin, end = _bounds(starts, stops, edges, t, lo, hi)
+        if keeps[t]:
+            room += min(2 * (keeps[t] + RUN), end - begin)
+        t += 1
+    return room
 
 
 @kernel
@@ -218,7 +218,9 @@ def collect(
     """
     passed = np.zeros(starts.size, np.int64)
     spare_u, spare_v = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    where, what, n = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.float32), 0
+    # Pages that no candidate reaches are never written, so they take no memory.
+    room = _room(starts, stops, edges, keeps, lo, hi)
+    where, what, n = np.empty(room, np.int64), np.empty(room, np.float32), 0
     t = first_segment(edges, lo)
     while t < starts.size and edges[t] < hi:
         begin, end = _bounds(starts, stops, edges, t, lo, hi)
@@ -231,7 +233,6 @@ def collect(
                 _enter(g, u, v, block, first, rows[t], seed, spare_u)
             at = 0 if keep else BLOCK
             while at < block.size:
-                where, what = _room(where, what, n)
                 most = before + 2 * keep + RUN
                 n, at = _search(block, at, first, floor, where, what, n, most)
                 if n > most:
@@ -245,7 +246,7 @@ def collect(
 
 @kernel
 def release(
-    u: Any, v: Any, indices: Any, starts: Any, edges: Any, sent: Any, lo: int, hi: int
+    u: Any, v: Any, indices: Any, starts: Any, edges: Any, sent: Any, seed: Any, lo: int, hi: int
 ) -> None:
     """v[S] ← v[S] − sent, u[S] ← 0 (u may be empty) for entries lo to hi of the selection.
 
@@ -256,6 +257,6 @@ def release(
         while j >= edges[t + 1]:
             t += 1
         at = starts[t] + indices[j]
-        v[at] -= sent[j]
+        lessen(v, at, sent[j], seed)
         if u.size:
-            u[at] = np.float32(0)
+            u[at] = 0
