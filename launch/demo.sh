@@ -7,8 +7,8 @@ export PYTHONPATH=$PWD
 ranks=${RANKS:-4} epochs=${EPOCHS:-5} out=${OUT:-out}
 data=(); [ -z "${DATA:-}" ] || data=(--data "$DATA")
 for arm in dense dgc; do
-    launch/mpirun.sh "$ranks" -m launch.train --compression "$arm" --density 0.0035 --value-bits 1 \
-        --warmup-epochs 0.1 --epochs "$epochs" --out "$out/$arm" "${data[@]}"
+    launch/mpirun.sh "$ranks" -m launch.train --compression "$arm" --epochs "$epochs" \
+        --out "$out/$arm" "${data[@]}"
 done
 echo
 "${PYTHON:-python}" -m launch.report "$out/dense" "$out/dgc" --out "$out"
