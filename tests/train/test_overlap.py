@@ -10,7 +10,7 @@ import dgc
 from dgc.comm.base import Handle, SelfCommunicator
 from dgc.train.optimizer import DistributedOptimizer
 
-SECONDS = 0.05
+SECONDS = 0.5
 
 
 class Slow(SelfCommunicator):
