@@ -60,11 +60,8 @@ class Memory:
     ) -> Tensor | None:
         """Take what was sent out of `v`; the momentum that masking cleared is returned."""
         seed = self.seed() if seed is None else seed
-        masking = self.config.momentum_masking and self.u is not None
-        cleared = None
-        if masking and self.u is not None:
-            cleared = self.u.index_select(0, self._places(batch))
-        kernels.release_(self.u, self.v, self.layout, batch, sent, masking, seed)
+        masking = self.config.momentum_masking
+        cleared = kernels.release_(self.u, self.v, self.layout, batch, sent, masking, seed)
         if not self.config.local_accumulation:
             self.v.zero_()
         return cleared
@@ -93,7 +90,7 @@ class Memory:
         # On the host repeat_interleave, like v[places], would wake torch's threads: they then wait
         # for more and take the next kernel's core.
         starts = np.repeat(np.array(self.layout.offsets[:-1], np.int64), batch.counts)
-        return torch.from_numpy(starts).to(self.v.device).add_(batch.indices)
+        return batch.indices + torch.from_numpy(starts).to(self.v.device)
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Views of the state of one tensor, by the paper's names."""

@@ -128,6 +128,8 @@ class Step(NamedTuple):
     u: Tensor | None
     v: Tensor
     batches: list[SparseBatch]
+    cleared: list[Tensor | None]
+    """Of the elements that were selected; a GPU's selection has slots without one."""
 
 
 def steps(
@@ -137,7 +139,7 @@ def steps(
     u = implementation.to(gaussian(3).to(dtype)) if momentum else None
     v = implementation.to(gaussian(4).to(dtype))
     thresholds = implementation.to(torch.zeros(len(NUMELS)))
-    batches = []
+    batches, cleared = [], []
     for step, scale in enumerate(scales):
         grads = [implementation.to(grad * scale) for grad in gradients(step)]
         seeds = kernels.seed_of(step, 0), kernels.seed_of(step, 1)
@@ -145,9 +147,10 @@ def steps(
             grads, u, v, layout, ROWS, COUNTS, thresholds, seeds[0]
         )
         assert finite
-        module.release_(u, v, layout, batch, batch.values * 0.7, seeds[1])
+        was = module.release_(u, v, layout, batch, batch.values * 0.7, seeds[1])
         batches.append(batch)
-    return Step(u if u is None else u.cpu(), v.cpu(), batches)
+        cleared.append(was if was is None else was[batch.values != 0].cpu())
+    return Step(u if u is None else u.cpu(), v.cpu(), batches, cleared)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -164,6 +167,9 @@ def test_steps_equal_the_reference_to_the_bit(
     assert torch.equal(found.v, expected.v)
     assert (found.u is None) == (expected.u is None)
     assert found.u is None or torch.equal(found.u, expected.u)
+    for was, was_expected in zip(found.cleared, expected.cleared, strict=True):
+        assert (was is None) == (was_expected is None) == (not momentum)
+        assert was is None or torch.equal(was, was_expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -219,12 +225,14 @@ def test_nothing_enters_if_an_element_is_not_finite(
 def test_release_keeps_what_was_not_sent(masking: bool) -> None:
     u, v = gaussian(3), gaussian(4)
     batch = kernels.select_(v, LAYOUT, COUNTS, None)
-    kernels.release_(u, v, LAYOUT, batch, batch.values * 0.5, masking)
+    cleared = kernels.release_(u, v, LAYOUT, batch, batch.values * 0.5, masking)
     starts = torch.tensor(LAYOUT.offsets[:-1]).repeat_interleave(torch.tensor(batch.counts))
     chosen = torch.zeros_like(v, dtype=torch.bool)
     chosen[batch.indices + starts] = True
     assert torch.equal(v, torch.where(chosen, gaussian(4) * 0.5, gaussian(4)))
     assert torch.equal(u, gaussian(3).masked_fill(chosen & masking, 0.0))
+    assert (cleared is None) == (not masking)
+    assert cleared is None or torch.equal(cleared, gaussian(3)[chosen])
 
 
 def test_gradients_of_any_layout_and_dtype() -> None:

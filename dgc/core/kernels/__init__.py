@@ -174,7 +174,7 @@ def release_(
     sent: Tensor,
     masking: bool,
     seed: int | Tensor = 0,
-) -> None:
+) -> Tensor | None:
     """v[S] ← v[S] − sent, and with `masking` u[S] ← 0; overwrites `u` and `v`.
 
     Args:
@@ -186,6 +186,9 @@ def release_(
         masking: momentum factor masking.
         seed: of the rounding, in [0, 2^32); on a GPU it may be int64 `[]` there.
 
+    Returns:
+        u[S] as it was, `[K]`, or None where it was left alone.
+
     Example:
         >>> v, layout = torch.tensor([4.0, 9.0]), Layout.of([2])
         >>> batch = select_(v, layout, [1], None)
@@ -193,7 +196,10 @@ def release_(
         >>> v.tolist()
         [4.0, 1.0]
     """
-    _for(v.device).release_(u if masking else None, v, layout, batch, sent, seed)
+    cleared: Tensor | None = _for(v.device).release_(
+        u if masking else None, v, layout, batch, sent, seed
+    )
+    return cleared
 
 
 def add_(v: Tensor, places: Tensor, values: Tensor, seed: int = 0) -> None:

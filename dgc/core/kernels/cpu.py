@@ -166,12 +166,14 @@ def release_(
     batch: SparseBatch,
     sent: Tensor,
     seed: int = 0,
-) -> None:
+) -> Tensor | None:
     """As `reference.release_`."""
     edges = _edges(batch.counts)
+    cleared = torch.empty(0 if u is None else int(edges[-1]), dtype=v.dtype)
     chosen = (batch.indices.numpy(), layout.table.numpy(), edges, sent.numpy())
-    args = (*_states(u, v), *chosen, np.uint32(seed))
+    args = (*_states(u, v), *chosen, _states(None, cleared)[1], np.uint32(seed))
     _split(cpu_sweep.release, args, int(edges[-1]), MIN_PART)
+    return None if u is None else cleared
 
 
 def precondition_(

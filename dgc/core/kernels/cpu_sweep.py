@@ -246,11 +246,21 @@ def collect(
 
 @kernel
 def release(
-    u: Any, v: Any, indices: Any, starts: Any, edges: Any, sent: Any, seed: Any, lo: int, hi: int
+    u: Any,
+    v: Any,
+    indices: Any,
+    starts: Any,
+    edges: Any,
+    sent: Any,
+    cleared: Any,
+    seed: Any,
+    lo: int,
+    hi: int,
 ) -> None:
-    """v[S] ← v[S] − sent, u[S] ← 0 (u may be empty) for entries lo to hi of the selection.
+    """v[S] ← v[S] − sent, cleared ← u[S], u[S] ← 0 for entries lo to hi of the selection.
 
-    Entry j lies in the tensor t with edges[t] ≤ j < edges[t + 1], at starts[t] + indices[j].
+    u and `cleared` may both be empty. Entry j lies in the tensor t with
+    edges[t] ≤ j < edges[t + 1], at starts[t] + indices[j].
     """
     t = first_segment(edges, lo)
     for j in range(lo, hi):
@@ -259,4 +269,5 @@ def release(
         at = starts[t] + indices[j]
         lessen(v, at, sent[j], seed)
         if u.size:
+            cleared[j] = u[at]
             u[at] = 0

@@ -114,9 +114,12 @@ def release_(
     batch: SparseBatch,
     sent: Tensor,
     seed: int | Tensor = 0,
-) -> None:
-    """As `reference.release_`, of the slots that are filled."""
-    _subtract(u, v, layout.places(batch.indices, batch.counts), batch.values, sent, seed)
+) -> Tensor | None:
+    """As `reference.release_`, of the slots that are filled; others return any element."""
+    places = layout.places(batch.indices, batch.counts)
+    cleared = None if u is None else u.index_select(0, places)
+    _subtract(u, v, places, batch.values, sent, seed)
+    return cleared
 
 
 def add_(v: Tensor, places: Tensor, values: Tensor, seed: int | Tensor = 0) -> None:

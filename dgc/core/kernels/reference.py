@@ -99,15 +99,18 @@ def release_(
     batch: SparseBatch,
     sent: Tensor,
     seed: int = 0,
-) -> None:
-    """v[S] ← v[S] − sent, and u[S] ← 0 where u is given.
+) -> Tensor | None:
+    """v[S] ← v[S] − sent, and u[S] ← 0 where u is given: returns what it was.
 
     Example: v = [4, 9], S = {1}, sent = [8]: v = [4, 1].
     """
     places = layout.places(batch.indices, batch.counts)
     add_(v, places, -sent, seed)
-    if u is not None:
-        u[places] = 0.0
+    if u is None:
+        return None
+    cleared = u[places]
+    u[places] = 0.0
+    return cleared
 
 
 def add_(v: Tensor, places: Tensor, values: Tensor, seed: int = 0) -> None:
