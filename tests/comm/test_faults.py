@@ -135,7 +135,7 @@ def test_a_link_that_is_cut(tmp_path: Path) -> None:
         assert all("ended with" in line for line in undisturbed)
         assert len({line.split()[-1] for line in undisturbed}) == 1
         assert linked(hosts, tmp_path / "1", 30, 2.0) == undisturbed
-        stopped = linked(hosts, tmp_path / "2", 4, None)
+        stopped = linked(hosts, tmp_path / "2", 8, None)
         assert all("stopped: a collective failed" in line for line in stopped)
 
 
