@@ -100,17 +100,12 @@ def interval(
 
 # What the picture shows: title, and the setting, arms and learning rates of its rows.
 RECIPE = "dgc,warmup_epochs=0.1,density=0.0035,value_bits=1"
+GPT_RECIPE = "dgc,min_selected=1,density=0.008,value_bits=1"
 PANELS = (
     ("LeNet-5", "lenet5", 5, ("dense", 0.05), (RECIPE, 0.1)),
     ("ResNet-20, density 0.001", "resnet20", 8, ("dense", 0.1), ("dgc,warmup_epochs=0.5", 0.1)),
     ("LeNet-300-100", "lenet300", 50, ("dense", 0.1), (RECIPE, 0.15)),
-    (
-        "byte GPT, AdamW, density 0.008",
-        "gpt64",
-        256,
-        ("dense", 0.008),
-        ("dgc,min_selected=1,density=0.008,value_bits=1", 0.008),
-    ),
+    ("byte GPT, density 0.008", "gpt64", 256, ("dense", 0.008), (GPT_RECIPE, 0.008)),
 )
 
 
@@ -127,7 +122,8 @@ def picture(rows: Sequence[Row], path: Path) -> None:
         common = {row["seed"] for row in own[0]} & {row["seed"] for row in own[1]}
         for each, color in zip(own, ("tab:gray", "tab:red"), strict=True):
             _curve(axis, [row for row in each if row["seed"] in common], color)
-        axis.set(title=title, xlabel="epoch")
+        axis.set_title(title, fontsize=10)
+        axis.set(xlabel="epoch")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.tight_layout()
@@ -145,7 +141,9 @@ def _curve(axis: Any, rows: Sequence[Row], color: str) -> None:
     label = "dense" if rows[0]["arm"].startswith("dense") else f"dgc, 1/{ratio:.0f} of the bytes"
     points = list(zip(*(row["curve"] for row in rows), strict=True))
     x = range(1, len(points) + 1)
-    axis.plot(x, list(map(mean, points)), "o-", ms=2.5, color=color, label=label)
+    axis.plot(
+        x, list(map(mean, points)), "o-" if len(x) < 20 else "-", ms=2.5, color=color, label=label
+    )
     low, high = list(map(min, points)), list(map(max, points))
     axis.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
     axis.set_ylabel("accuracy, %" if rows[0]["metric"] == "accuracy" else "perplexity")
