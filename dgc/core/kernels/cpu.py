@@ -69,9 +69,11 @@ def _floats(thresholds: Tensor | None) -> Floats:
 
 def _states(u: Tensor | None, v: Tensor) -> tuple[State, State]:
     """u and v as arrays; u empty if there is none."""
-    flat = (v[:0] if u is None else u, v)
-    u_, v_ = (s.view(torch.int16) if s.dtype == torch.bfloat16 else s for s in flat)
-    return u_.numpy(), v_.numpy()
+    return _raw(v[:0] if u is None else u), _raw(v)
+
+
+def _raw(state: Tensor) -> State:
+    return (state.view(torch.int16) if state.dtype == torch.bfloat16 else state).numpy()
 
 
 class _Bucket(NamedTuple):
@@ -171,7 +173,7 @@ def release_(
     edges = _edges(batch.counts)
     cleared = torch.empty(0 if u is None else int(edges[-1]), dtype=v.dtype)
     chosen = (batch.indices.numpy(), layout.table.numpy(), edges, sent.numpy())
-    args = (*_states(u, v), *chosen, _states(None, cleared)[1], np.uint32(seed))
+    args = (*_states(u, v), *chosen, _raw(cleared), np.uint32(seed))
     _split(cpu_sweep.release, args, int(edges[-1]), MIN_PART)
     return None if u is None else cleared
 
