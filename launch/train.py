@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,8 +23,11 @@ from launch.compress import accuracy
 
 # The learning rate of each, the best of 0.025, 0.05, ... for LeNet-5 (see docs/log.md).
 LEARNING_RATES = {"dgc": 0.1, "paper": 0.1, "dense": 0.05, "fp16": 0.05, "bf16": 0.05}
-# Density and epochs of warm-up: what loses nothing in some thousand steps, and the paper's density.
-DENSITIES = {"dgc": (0.0035, 0.1), "paper": (0.001, 0.5)}
+# What loses nothing in some thousand steps, and the paper's own, unless an option says otherwise.
+DEFAULTS = {
+    "dgc": {"density": 0.0035, "value_bits": 1, "warmup_epochs": 0.1},
+    "paper": {"density": 0.001, "value_bits": 32, "warmup_epochs": 0.5},
+}
 
 
 def arguments() -> argparse.Namespace:
@@ -32,7 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=models.MODELS, default="lenet5")
     parser.add_argument("--compression", choices=LEARNING_RATES, default="dgc")
     parser.add_argument("--density", type=float, help="share that is sent: 0.0035; paper 0.001")
-    parser.add_argument("--value-bits", type=int, default=1, help="not with paper")
+    parser.add_argument("--value-bits", type=int, help="of each value sent: 1; paper 32")
     parser.add_argument("--warmup-epochs", type=float, help="of the density: 0.1; paper 0.5")
     parser.add_argument("--pattern", choices=PATTERNS, default=dgc.DGC.pattern, help="of exchange")
     parser.add_argument("--clip-norm", type=float, default=None, help="local gradient clipping")
@@ -52,17 +56,12 @@ def compression(args: argparse.Namespace, steps_per_epoch: int) -> Compression:
     if args.compression in ("dense", "fp16", "bf16"):
         dtypes = {"dense": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
         return dgc.Dense(dtype=dtypes[args.compression])
-    density, warmup_epochs = DENSITIES[args.compression]
-    warmup_epochs = warmup_epochs if args.warmup_epochs is None else args.warmup_epochs
-    chosen = {
-        "density": density if args.density is None else args.density,
-        "warmup_steps": round(warmup_epochs * steps_per_epoch),
-        "clip_norm": args.clip_norm,
-        "pattern": args.pattern,
-    }
-    if args.compression == "paper":
-        return dgc.DGC.paper(**chosen)
-    return dgc.DGC(value_bits=args.value_bits, **chosen)
+    defaults = DEFAULTS[args.compression]
+    given = {key: getattr(args, key) for key in defaults if getattr(args, key) is not None}
+    chosen: dict[str, Any] = {**defaults, **given}
+    chosen["warmup_steps"] = round(chosen.pop("warmup_epochs") * steps_per_epoch)
+    make = dgc.DGC.paper if args.compression == "paper" else dgc.DGC
+    return make(clip_norm=args.clip_norm, pattern=args.pattern, **chosen)
 
 
 def batches(rt: dgc.Runtime, args: argparse.Namespace, count: int, epoch: int) -> Tensor:
