@@ -84,7 +84,8 @@ class DGC(Compression):
     """Steps over which the density falls exponentially from `warmup_density`, by a factor of 4 a
     stage, to `density`; 0 starts at `density`. With SGD it keeps the first steps stable. In training
     of a few epochs half an epoch of it is most of the bytes, and a higher density after a tenth of an
-    epoch, or with Adam after none, is better (docs/log.md, 2026-11-26)."""
+    epoch, or with Adam after none, is better (docs/log.md, 2026-11-26). In long training let it
+    fall while the learning rate rises, from 1/64: an LSTM needed both (2026-11-27)."""
 
     warmup_density: float = 0.25
     """Density of the first warm-up stage, in (0, 1]."""
