@@ -100,7 +100,7 @@ def bench(
         repeats: timed exchanges of each bucket.
 
     Raises:
-        ConfigError: a world of one, no repeats, or no such model.
+        ConfigError: a world of one, no repeats, no such model, or one without parameters.
     """
     if repeats < 1:
         raise ConfigError(f"repeats is {repeats}: it must be at least 1")
@@ -109,7 +109,10 @@ def bench(
             "one rank exchanges nothing: start several, as in `torchrun --nproc-per-node 2 "
             "--no-python dgc bench MODEL`"
         )
-    buckets = buckets_of(sizes_of(model), config.bucket_bytes)
+    sizes = sizes_of(model)
+    if not sum(sizes.values()):
+        raise ConfigError(f"{model} has no parameters: there is nothing to exchange")
+    buckets = buckets_of(sizes, config.bucket_bytes)
     lines = [HEAD]
     totals: dict[str, Cost] = {}
     for numels in dict.fromkeys(buckets):  # buckets of the same make are timed once

@@ -49,6 +49,8 @@ def _bench(options: argparse.Namespace) -> None:
     from dgc.comm.runtime import init
     from dgc.config import DGC
 
+    if not 0 < options.bucket_mib < float("inf"):
+        raise ConfigError(f"--bucket-mib is {options.bucket_mib}: give a number above 0")
     config = DGC(
         density=options.density,
         value_bits=options.value_bits,
@@ -83,10 +85,11 @@ def _add_compress(commands: Any) -> None:
 
 def _compress(options: argparse.Namespace) -> None:
     from dgc import model as compression
-    from dgc.model.bag import module_of
+    from dgc.model.bag import module_of, without_constraints
+    from dgc.model.file import checked
 
-    model = module_of(_read_safetensors(options.state))
-    if options.density < 1:
+    model = module_of(checked(without_constraints(_read_safetensors(options.state))))
+    if options.density != 1:
         compression.prune(model, options.density, scope=options.scope)
     compression.share(model, options.bits, penalty=options.penalty, progress=_bars())
     print(compression.save(model, options.out, coder=options.coder, half=options.half))

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dgc.cli import main
-from dgc.model import picture, progress
+from dgc.model import picture, progress, prune, read_state, share
+from dgc.model.file import plain_state
 
 
 @pytest.fixture
@@ -59,12 +60,27 @@ def test_global_scope(state: Path, tmp_path: Path) -> None:
     assert main([*command, "--scope", "global"]) == 0
 
 
-def test_picture(state: Path, tmp_path: Path) -> None:
+def test_picture(state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "out.dgc"
     main(["compress", str(state), str(out)])
     assert main(["inspect", str(out), "--picture", str(tmp_path / "p.png")]) == 0
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["inspect", str(out), "--picture", str(tmp_path / "p.xyz")]) == 1
+    assert "end it in one of" in capsys.readouterr().err
+
+
+def test_the_state_of_a_pruned_and_shared_model(tmp_path: Path) -> None:
+    model = share(prune(torch.nn.Sequential(torch.nn.Linear(20, 20)), 0.3), 3)
+    model.register_buffer("own_mask", torch.ones(3, dtype=torch.bool))
+    plain = plain_state(model)
+    assert set(plain) == {"own_mask", "0.weight", "0.bias"}
+    save_file(model.state_dict(), tmp_path / "state")
+    command = ["compress", str(tmp_path / "state"), str(tmp_path / "out.dgc"), "--bits", "3"]
+    assert main(command) == 0
+    saved = read_state(tmp_path / "out.dgc")
+    assert saved.keys() == plain.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in plain.items())
 
 
 @pytest.mark.parametrize(
@@ -75,6 +91,11 @@ def test_picture(state: Path, tmp_path: Path) -> None:
         (["compress", "{junk}", "{out}"], "not a safetensors file"),
         (["compress", "{state}", "{out}", "--bits", "9"], "give 1 to 8"),
         (["compress", "{state}", "{out}", "--density", "0"], "give a number in (0, 1]"),
+        (["compress", "{state}", "{out}", "--density", "1.5"], "give a number in (0, 1]"),
+        (["compress", "{state}", "{out}", "--density", "nan"], "give a number in (0, 1]"),
+        (["compress", "{nan}", "{out}"], "1 elements of fc.weight are not finite"),
+        (["compress", "{fp8}", "{out}"], "'fc.weight' is torch.float8_e4m3fn: a file holds"),
+        (["bench", "1000", "--bucket-mib", "nan"], "give a number above 0"),
     ],
 )
 def test_faults_are_one_line(
@@ -86,7 +107,12 @@ def test_faults_are_one_line(
 ) -> None:
     junk = tmp_path / "junk"
     junk.write_bytes(b"\xff" * 100)
+    weight = torch.ones(10, 10)
+    save_file({"fc.weight": weight.to(torch.float8_e4m3fn)}, tmp_path / "fp8")
+    weight[3, 3] = torch.nan
+    save_file({"fc.weight": weight}, tmp_path / "nan")
     names = {"state": state, "missing": tmp_path / "no", "junk": junk, "out": tmp_path / "o"}
+    names |= {name: tmp_path / name for name in ("fp8", "nan")}
     assert main([a.format(**names) for a in arguments]) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"dgc {arguments[0]}: ")

@@ -156,6 +156,8 @@ def lookup(codes: Tensor, table: Tensor) -> Tensor:
         >>> lookup(torch.tensor([2, 0], dtype=torch.uint8), torch.tensor([0.0, 5.0, 7.0])).tolist()
         [7.0, 0.0]
     """
+    if table.requires_grad:  # for a second derivative: differentiable, not in place
+        return table[codes.int()]
     out = table.new_empty(codes.numel())
     for part, into in zip(codes.reshape(-1).split(CHUNK), out.split(CHUNK), strict=True):
         into.copy_(table[part.int()])

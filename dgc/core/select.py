@@ -56,11 +56,15 @@ def select_topk(tensor: Tensor, k: int) -> Sparse:
 def topk_mask(tensor: Tensor, k: int) -> Tensor:
     """`select_topk` as a mask, bool shaped as `tensor`, without an index for each element.
 
+    Of an empty tensor 0 elements are selected.
+
     Example:
         >>> topk_mask(torch.tensor([1.0, -5.0, 1.0, 3.0]), 3).tolist()
         [True, True, False, True]
     """
     flat = tensor.detach().reshape(-1)
+    if not flat.numel():
+        return torch.ones_like(tensor, dtype=torch.bool)
     if flat.device.type != "cpu":
         mask = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
         return mask.index_fill_(0, select_topk(flat, k).indices, True).view(tensor.shape)

@@ -2,9 +2,31 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from dgc.errors import ConfigError
+
+
+def without_constraints(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` without the masks and codes that `prune` and `share` keep beside a weight.
+
+    Known by name, dtype and shape, and by the weight's zeros, which they explain.
+
+    Example:
+        >>> weight = torch.ones(2, 2)
+        >>> list(without_constraints({"weight": weight, "weight_mask": weight != 0}))
+        ['weight']
+    """
+    own = {
+        f"{name}_{suffix}"
+        for suffix, dtype in (("mask", torch.bool), ("codes", torch.uint8))
+        for name, weight in state.items()
+        if (buffer := state.get(f"{name}_{suffix}")) is not None
+        and (buffer.dtype, buffer.shape) == (dtype, weight.shape)
+        and not weight[buffer == 0].any()
+    }
+    return {name: tensor for name, tensor in state.items() if name not in own}
 
 
 def module_of(state: Mapping[str, Tensor]) -> nn.Module:
@@ -16,7 +38,6 @@ def module_of(state: Mapping[str, Tensor]) -> nn.Module:
         ConfigError: if one name is a prefix of another or no module can hold it.
 
     Example:
-        >>> import torch
         >>> list(module_of({"fc.weight": torch.ones(2, 2), "steps": torch.tensor(3)}).state_dict())
         ['steps', 'fc.weight']
     """

@@ -35,6 +35,7 @@ class Constraint:
     """
 
     suffix = ""
+    called = False  # whether the owner's own forward ran since `Binder` looked last
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -57,8 +58,31 @@ class Constraint:
 
     def __call__(self, module: nn.Module, _inputs: Any = None) -> None:
         """Forward pre-hook of the owning module."""
-        self.bind(module)
-        self.enforce_(module)
+        self.called = True
+        self.hold(module)
+
+    def hold(self, module: nn.Module) -> None:
+        """Hook the gradient and overwrite the parameter with its projection."""
+        if not self._replaced(module):
+            self.bind(module)
+            self.enforce_(module)
+
+    def _replaced(self, module: nn.Module) -> bool:
+        """Whether another tensor stands in for the parameter during this call.
+
+        As in `torch.func.functional_call` and the replicas of `nn.DataParallel`: such tensors are
+        not in place to change, and what they were made of is constrained.
+        """
+        own = getattr(module, self.name, None)
+        if isinstance(own, nn.Parameter):
+            return False
+        if module._parameters.get(self.name) is not None or hasattr(module, "_is_replica"):
+            return True
+        kind = type(module).__name__
+        raise ConfigError(
+            f"{self.name!r} of {kind} is constrained and no longer a parameter: parametrize it "
+            f"(weight_norm, torch.nn.utils.prune) before dgc.prune and dgc.share, or not at all"
+        )
 
     def before_state_dict(self, module: nn.Module, *_: Any) -> None:
         """State-dict pre-hook of the owning module."""
@@ -73,11 +97,12 @@ class Constraint:
     def bind(self, module: nn.Module) -> None:
         """Hook the gradient of the parameter, once."""
         parameter = module.get_parameter(self.name)
-        owner = _owners.get(parameter)
-        if owner is not None and owner[0]() is module and owner[1] is self:
+        weak_owner, constraint, hooked = _owners.get(parameter, (None, None, None))
+        same = weak_owner is not None and weak_owner() is module and constraint is self
+        if same and (hooked is not None or not parameter.requires_grad):
             return
-        if owner is not None:
-            owner[2].remove()
+        if hooked is not None:
+            hooked.remove()
         _install_step_hook()
         weak = ref(module)
 
@@ -85,21 +110,30 @@ class Constraint:
             live = weak()
             return grad if live is None else self.gradient(self.buffer(live), grad)
 
-        handle = parameter.register_hook(constrain) if parameter.requires_grad else _NoHandle()
+        # A frozen parameter takes no hook: it gets one in the first forward pass after that.
+        handle = parameter.register_hook(constrain) if parameter.requires_grad else None
         _owners[parameter] = (weak, self, handle)
 
+    def refuse_taken(self, module: nn.Module) -> None:
+        """Raise a `ConfigError` if `module` uses the name of the buffer for something else."""
+        earlier = constraint_of(module, self.name)
+        own = earlier is not None and earlier.buffer_name == self.buffer_name
+        if hasattr(module, self.buffer_name) and not own:
+            kind = type(module).__name__
+            raise ConfigError(f"{kind} has a {self.buffer_name!r} of its own: dgc needs that name")
+
     def install(self, module: nn.Module, buffer: Tensor) -> None:
-        """Constrain `module`'s parameter, replacing any earlier constraint on it."""
+        """Constrain `module`'s parameter, replacing any earlier constraint on it.
+
+        Raises:
+            ConfigError: if the module has something of its own by the name of the buffer.
+        """
+        self.refuse_taken(module)
         remove(module, self.name)
         module.register_buffer(self.buffer_name, buffer)
         module.register_forward_pre_hook(self)
         module.register_state_dict_pre_hook(self.before_state_dict)
-        self(module)
-
-
-class _NoHandle:
-    def remove(self) -> None:
-        """A frozen parameter has no gradient to hook."""
+        self.hold(module)
 
 
 class Binder:
@@ -110,7 +144,9 @@ class Binder:
 
     def __call__(self, module: nn.Module, _inputs: Any = None) -> None:
         for owner, constraint in constrained(module):
-            constraint.bind(owner)
+            if not constraint.called:  # in the pass before
+                constraint.hold(owner)
+            constraint.called = False
 
 
 def bind_root(model: nn.Module) -> None:
@@ -162,9 +198,9 @@ def remove(module: nn.Module, name: str) -> None:
             if hook is constraint or getattr(hook, "__self__", None) is constraint:
                 del hooks[key]
     delattr(module, constraint.buffer_name)
-    owner = _owners.pop(module.get_parameter(name), None)
-    if owner is not None:
-        owner[2].remove()
+    hooked = _owners.pop(module.get_parameter(name), (None, None, None))[2]
+    if hooked is not None:
+        hooked.remove()
 
 
 def release(model: nn.Module) -> None:
@@ -188,7 +224,7 @@ def weights_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Full name → (owning module, own name) of each distinct parameter of two or more dimensions.
 
     These are what `prune` and `share` act on unless told otherwise: biases and norms are few, and
-    worth their bits.
+    worth their bits. So are gains that are stored as columns, `[n, 1, …]`, such as weight_norm's.
 
     Example:
         >>> list(weights_of(nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2))))
@@ -197,7 +233,7 @@ def weights_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return {
         name: _owner(model, name)
         for name, parameter in model.named_parameters()
-        if parameter.dim() >= 2 and parameter.is_floating_point()
+        if parameter.is_floating_point() and parameter.shape[1:].numel() != 1
     }
 
 
@@ -224,6 +260,14 @@ def choose(
             raise ConfigError(f"no parameter {given!r} for {what}: the model has {sorted(names)}")
         chosen[name] = (*_owner(model, name), value)
     return chosen
+
+
+def refuse_non_finite(module: nn.Module, own: str, name: str) -> None:
+    """Raise a `ConfigError` if the parameter `own` of `module`, called `name`, has an inf or nan."""
+    weight = module.get_parameter(own).detach()
+    if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
+        bad = int((~weight.isfinite()).sum())
+        raise ConfigError(f"{bad} elements of {name} are not finite: take an earlier state")
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from dgc.errors import FileError
 MAX_HEADER_BYTES = 100_000_000
 """As in safetensors itself."""
 MAX_TENSORS = 1_000_000
+MAX_DIMENSIONS = 16
 VERSION = "1"
 CODED = ".dgc"
 """Ends the name of an entry that is a record of `dgc.model.layer`; other entries are plain."""
@@ -85,7 +87,8 @@ def unpack(raw: bytes) -> tuple[dict[str, Entry], dict[str, str]]:
         raise FileError(f"a header of {size} bytes in a file of {len(raw)}: it is cut short")
     if raw[_HASH_AT : _HASH_AT + _HASH_CHARS] != _digest(raw):
         raise FileError("the hash does not match: the file is damaged or was changed")
-    header = _parse(raw[8 : 8 + size])
+    header = read_json(raw[8 : 8 + size], "header")
+    assert isinstance(header, dict)  # it starts with `{`
     metadata = header.pop("__metadata__")
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FileError("metadata are not strings: the file is damaged")
@@ -94,23 +97,26 @@ def unpack(raw: bytes) -> tuple[dict[str, Entry], dict[str, str]]:
     entries, at = {}, 0
     for name, fields in header.items():
         entries[name], at = _entry(name, fields, raw, 8 + size, at)
+    widths = [DTYPES[entry.dtype].itemsize for entry in entries.values()]
+    if size % 8 or widths != sorted(widths, reverse=True):
+        raise FileError("the tensors are not aligned: another program wrote the file")
     if 8 + size + at != len(raw):
         raise FileError("the tensors do not fill the file: it is damaged")
     return entries, metadata
 
 
-def _parse(text: bytes) -> dict[str, Any]:
+def read_json(text: str | bytes, what: str) -> Any:
+    """`json.loads`; a `FileError` that speaks of `what` if a name occurs twice or is no Unicode."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in pairs}) != len(pairs):
-            raise FileError("a name occurs twice in the header: the file is damaged")
+        if len({key.encode() for key, _ in pairs}) != len(pairs):
+            raise FileError(f"a name occurs twice in the {what}: the file is damaged")
         return dict(pairs)
 
     try:
-        header = json.loads(text, object_pairs_hook=unique)
+        return json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise FileError(f"the header is not JSON ({error}): the file is damaged") from error
-    assert isinstance(header, dict)  # it starts with `{`
-    return header
+        raise FileError(f"the {what} is not JSON ({error}): the file is damaged") from error
 
 
 def _entry(name: str, fields: Any, raw: bytes, base: int, at: int) -> tuple[Entry, int]:
@@ -119,14 +125,18 @@ def _entry(name: str, fields: Any, raw: bytes, base: int, at: int) -> tuple[Entr
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FileError(f"{name!r} has the unknown dtype {dtype!r}")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > 16:
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise FileError(f"the shape or offsets of {name!r} are malformed: the file is damaged")
+    if len(shape) > MAX_DIMENSIONS:
+        raise FileError(f"{name!r} has {len(shape)} dimensions: at most {MAX_DIMENSIONS}")
     numel = 1
     for n in shape:
         numel *= n
     end = at + numel * DTYPES[dtype].itemsize
     if offsets != [at, end] or base + end > len(raw):
         raise FileError(f"{name!r} does not lie where its shape says: the file is damaged")
+    if name.endswith(CODED) and (dtype != "U8" or len(shape) != 1):
+        raise FileError(f"{name!r} is no record: the file is damaged")
     return Entry(dtype, tuple(shape), raw[base + at : base + end]), end
 
 
@@ -137,7 +147,7 @@ def _naturals(value: Any) -> bool:
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Write a sibling, flush it to disk and rename it: `path` is the old file or the whole new."""
     path = Path(path)
-    sibling = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    sibling = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(sibling, "xb") as file:
             file.write(data)

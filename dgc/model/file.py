@@ -1,6 +1,7 @@
 """A model ↔ one small file: `save`, `load`, `export`. The bytes are described in docs/file.md."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from dgc.core.entropy import count_symbols
 from dgc.errors import ConfigError, FileError, StateError
 from dgc.model import container, report
 from dgc.model.bytes import Reader
-from dgc.model.constrain import constrained, release
+from dgc.model.constrain import constrained, release, weights_of
 from dgc.model.container import CODED, Entry
 from dgc.model.layer import CODERS, DTYPES, Decoder, Head, Layer, encode_layers, read_head
 from dgc.model.prune import Mask
@@ -36,7 +37,8 @@ def save(
 
     Floating tensors of few distinct values, at most 255 besides zero (see `share`), are coded as
     symbols, zero being one more; others of which a tenth or more is zero as places and values; the
-    rest, such as biases, norms and buffers, are stored as they are. Nothing is rounded unless `half`.
+    rest, such as biases, norms and buffers, are stored as they are. Nothing is rounded unless `half`;
+    a zero in a coded tensor loses its sign.
 
     Args:
         model: its `state_dict` is saved; it is not changed, but for pruned or shared weights that
@@ -67,13 +69,9 @@ def save(
 def plain_state(model: nn.Module) -> State:
     """`model.state_dict()` without the buffers of masks and codes."""
     own = {id(c.buffer(module)) for module, c in constrained(model)}
-    kept = {
-        name
-        for name, buffer in model.named_buffers(remove_duplicate=False)
-        if id(buffer) not in own
-    }
-    masks = {name for name, _ in model.named_buffers(remove_duplicate=False)} - kept
-    return {name: value for name, value in model.state_dict().items() if name not in masks}
+    named = model.named_buffers(remove_duplicate=False)
+    hidden = {name for name, buffer in named if id(buffer) in own}
+    return {name: value for name, value in model.state_dict().items() if name not in hidden}
 
 
 def save_state(
@@ -82,7 +80,7 @@ def save_state(
     """`save`, of a state dict."""
     if coder not in CODERS:
         raise ConfigError(f"coder is {coder!r}: one of {sorted(CODERS)}")
-    own, tied = _untie(_checked(state))
+    own, tied = _untie(checked(state))
     layers = {name: layer for name, t in own.items() if (layer := to_layer(t, half)) is not None}
     records = dict(zip(layers, encode_layers(list(layers.values()), coder), strict=True))
     widen = half and not any(t.dtype == torch.float16 for t in own.values())
@@ -93,18 +91,31 @@ def save_state(
         metadata["widen"] = "F32"
     raw = container.pack(entries, metadata)
     container.write_atomically(path, raw)
-    rows = [report.plain_row(n, t, len(entries[n].data)) for n, t in own.items() if n not in layers]
-    rows += [report.layer_row(n, layers[n], r) for n, r in records.items()]
-    rows.sort(key=lambda row: list(own).index(row.name))
-    body = sum(row.file_bytes for row in rows)
-    return report.Report(tuple(rows), len(raw) - body, len(raw))
+    return _report(own, layers, entries, len(raw))
 
 
-def _checked(state: Mapping[str, Tensor]) -> State:
+def _report(
+    own: State, layers: dict[str, Layer], entries: dict[str, Entry], file_bytes: int
+) -> report.Report:
+    rows = tuple(
+        report.layer_row(n, layers[n], entries[n + CODED].data)
+        if n in layers
+        else report.plain_row(n, t, len(entries[n].data))
+        for n, t in own.items()
+    )
+    return report.Report(rows, file_bytes - sum(row.file_bytes for row in rows), file_bytes)
+
+
+def checked(state: Mapping[str, Tensor]) -> State:
+    """`state` as a dict; a `ConfigError` if a file cannot hold it."""
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.dtype not in container.DTYPE_NAMES:
             what = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ConfigError(f"{name!r} is {what}: a file holds tensors of {_dtype_names()}")
+        if value.dim() > container.MAX_DIMENSIONS:
+            raise ConfigError(
+                f"{name!r} has {value.dim()} dimensions: at most {container.MAX_DIMENSIONS}"
+            )
         if value.is_sparse or value.is_meta or name.endswith(CODED) or name == "__metadata__":
             raise ConfigError(f"{name!r} cannot be saved: give dense tensors, no name in {CODED!r}")
     return dict(state)
@@ -166,7 +177,7 @@ def _shared_layer(tensor: Tensor, levels: Tensor, half: bool) -> Layer:
     order = counts.argsort(descending=True, stable=True)
     code = torch.empty_like(order)
     code[order] = torch.arange(order.numel())
-    halved = half and bool(levels.to(torch.float16).isfinite().all())
+    halved = half and levels.element_size() > 2 and bool(levels.to(torch.float16).isfinite().all())
     codes = lookup(place, code.to(torch.uint8)).view(tensor.shape)
     return Layer(codes, values[order[1:]], half=halved)
 
@@ -245,11 +256,8 @@ def parse(raw: bytes) -> Opened:
 
 
 def _tied(metadata: dict[str, str], names: set[str]) -> dict[str, str]:
-    try:
-        tied = json.loads(metadata.get("tied", "{}"))
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"the list of tied names is not JSON ({error})") from error
-    valid = isinstance(tied, dict) and not set(tied) & names
+    tied = container.read_json(metadata.get("tied", "{}"), "list of tied names")
+    valid = isinstance(tied, dict) and not set(tied) & (names | {"__metadata__"})
     if not valid or not all(isinstance(o, str) and o in names for o in tied.values()):
         raise FileError("a tied name refers to no tensor: the file is damaged")
     return dict(tied)
@@ -261,7 +269,8 @@ def load(model: nn.Module, path: str | Path, *, constrain: bool = False) -> nn.M
     Args:
         model: of the class that was saved; overwritten, its masks and shared values lifted.
         path: the file. Nothing in it is executed, and what is allocated is `model`'s own size.
-        constrain: hold the file's zeros and shared values from now on, to train further.
+        constrain: hold the zeros and shared values of the file's weights, of two dimensions or
+            more, from now on, to train further.
 
     Returns:
         `model`.
@@ -269,8 +278,11 @@ def load(model: nn.Module, path: str | Path, *, constrain: bool = False) -> nn.M
     Raises:
         FileError: if the bytes are not a valid file.
         StateError: if it is another model's: the difference is named and `model` is unchanged.
+        ConfigError: if `model` has no memory, on the device `meta`.
     """
     opened = open_file(path)
+    if any(tensor.is_meta for tensor in plain_state(model).values()):
+        raise ConfigError("the model is on the device meta: give it memory by model.to_empty")
     _match(opened, plain_state(model), path)
     state, layers = opened.decode()
     release(model)
@@ -296,9 +308,11 @@ def _match(opened: Opened, target: State, path: str | Path) -> None:
 
 
 def _constrain(model: nn.Module, layers: dict[str, Layer]) -> None:
-    for name, layer in layers.items():
-        path, _, own = name.rpartition(".")
-        module = model.get_submodule(path)
+    # Of a bias or buffer a file cannot say whether it was pruned or is small by chance.
+    for name, (module, own) in weights_of(model).items():
+        if name not in layers:
+            continue
+        layer = layers[name]
         codes = layer.codes.to(module.get_parameter(own).device)
         if layer.literal:
             Mask(own).install(module, codes != 0)
@@ -324,7 +338,7 @@ def read_state(path: str | Path, *, max_bytes: int | None = None) -> State:
 def check_size(opened: Opened, max_bytes: int | None = None) -> None:
     """Refuse a file that claims more than `max_bytes`, before anything of it is decoded."""
     limit = max(FREE_BYTES, MAX_EXPANSION * opened.file_bytes) if max_bytes is None else max_bytes
-    total = sum(head.numel * head.dtype.itemsize for head in opened.heads.values())
+    total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in opened.shapes().values())
     if total > limit:
         raise FileError(
             f"decodes to {total} bytes, the limit is {limit}: give max_bytes to raise it"
@@ -336,15 +350,8 @@ def inspect(path: str | Path) -> tuple[report.Report, dict[str, Layer]]:
     opened = open_file(path)
     check_size(opened)
     state, layers = opened.decode()
-    rows = []
-    for name, entry in opened.entries.items():
-        own = name.removesuffix(CODED)
-        if own in layers:
-            rows.append(report.layer_row(own, layers[own], entry.data))
-        else:
-            rows.append(report.plain_row(own, state[own], len(entry.data)))
-    body = sum(row.file_bytes for row in rows)
-    return report.Report(tuple(rows), opened.file_bytes - body, opened.file_bytes), layers
+    own = {name: tensor for name, tensor in state.items() if name not in opened.tied}
+    return _report(own, layers, opened.entries, opened.file_bytes), layers
 
 
 def export(path: str | Path, out: str | Path, *, max_bytes: int | None = None) -> None:

@@ -4,6 +4,7 @@ A unit none of whose inputs is kept is a constant, act(bias). With γ = 0.5 two 
 hidden units end so, and a fifth of the weights kept behind them would only multiply constants.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -36,7 +37,8 @@ def fold(model: Model) -> Model:
     """Remove the units that pruning left without inputs, or without readers, from linear layers.
 
     Outputs stay the same but for rounding. Looks at pairs of pruned `nn.Linear` in an
-    `nn.Sequential` with nothing but elementwise activations between them. A unit without inputs is
+    `nn.Sequential` with nothing but elementwise activations between them, and leaves alone what
+    `model` uses twice or ties, and sequences with a `forward` of their own. A unit without inputs is
     constant: its part of the next layer's output is added to that layer's bias. Its bias and the
     weights that read it are masked, as are bias and weights of a unit that nothing reads, so that
     `prune` has their share for others, and a file holds them as zeros.
@@ -67,13 +69,20 @@ def fold(model: Model) -> Model:
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[nn.Linear, list[nn.Module], nn.Linear]]:
+    named = [*model.named_modules(remove_duplicate=False)]
+    named += model.named_parameters(remove_duplicate=False)
+    uses = Counter(id(used) for _, used in named)
     for sequence in model.modules():
         if not isinstance(sequence, nn.Sequential):
+            continue
+        if type(sequence).forward is not nn.Sequential.forward:
             continue
         first: nn.Linear | None = None
         between: list[nn.Module] = []
         for layer in sequence:
-            if type(layer) is nn.Linear:
+            if type(layer) is nn.Linear and all(
+                uses[id(part)] == 1 for part in (layer, *layer.parameters())
+            ):
                 if first is not None:
                     yield first, between, layer
                 first, between = layer, []

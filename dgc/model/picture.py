@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dgc.core.entropy import count_symbols
-from dgc.errors import MissingPackageError
+from dgc.errors import ConfigError, MissingPackageError
 from dgc.model.layer import Layer
 from dgc.model.report import Report
 
@@ -31,7 +31,7 @@ def line_picture(
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.set(xscale="log", xlabel=x_label, ylabel=y_label)
     axes.legend()
-    figure.savefig(path)
+    _write(figure, path)
 
 
 def file_picture(report: Report, layers: Mapping[str, Layer], path: str | Path) -> None:
@@ -48,4 +48,11 @@ def file_picture(report: Report, layers: Mapping[str, Layer], path: str | Path) 
         values = layer.levels.double().tolist()
         axis.vlines(values, 0, counts)
         axis.set(xlabel=f"value in {name}", ylabel="weights", ylim=(0, None))
+    _write(figure, path)
+
+
+def _write(figure: Any, path: str | Path) -> None:
+    kinds = sorted(figure.canvas.get_supported_filetypes())
+    if Path(path).suffix[1:].lower() not in kinds:
+        raise ConfigError(f"{str(path)!r} names no kind of picture: end it in one of {kinds}")
     figure.savefig(path)

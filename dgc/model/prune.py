@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from dgc.core.select import num_selected, topk_mask
 from dgc.errors import ConfigError
-from dgc.model.constrain import Constraint, bind_root, choose, constraint_of, weights_of
+from dgc.model.constrain import (
+    Constraint,
+    bind_root,
+    choose,
+    constraint_of,
+    refuse_non_finite,
+    weights_of,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -23,6 +30,8 @@ class Mask(Constraint):
     suffix = "mask"
 
     def gradient(self, buffer: Tensor, grad: Tensor) -> Tensor:
+        if grad.is_sparse:  # of an embedding: the projection after the step is enough
+            return grad
         return grad.masked_fill(~buffer, 0)
 
     def project_(self, buffer: Tensor, values: Tensor) -> None:
@@ -59,7 +68,8 @@ def prune(
         `model`.
 
     Raises:
-        ConfigError: if a density or γ is out of range, a name unknown or the scope neither.
+        ConfigError: if a density or γ is out of range, a name unknown, the scope neither, a weight
+            nan or shared already; nothing is pruned then.
 
     Example:
         >>> layer = nn.Linear(3, 1, bias=False)
@@ -71,6 +81,8 @@ def prune(
     for name, (_, _, share) in chosen.items():
         if not 0 < share <= 1:
             raise ConfigError(f"density of {name} is {share}: give a number in (0, 1]")
+    for module, own, _ in chosen.values():
+        _refuse_unmaskable(module, own)
     by_name = structure if isinstance(structure, dict) else dict.fromkeys(chosen, structure)
     gammas = {n: gamma for n, (_, _, gamma) in choose(model, by_name, "structure").items()}
     for name, gamma in gammas.items():
@@ -117,12 +129,18 @@ def _global_masks(weights: dict[str, Tensor], density: float) -> dict[str, Tenso
 
 def apply_mask(module: nn.Module, name: str, kept: Tensor) -> None:
     """Hold `module`'s parameter `name` at zero wherever bool `kept` is false, or was before."""
+    _refuse_unmaskable(module, name)
     earlier = constraint_of(module, name)
-    if isinstance(earlier, Mask):
+    if earlier is not None:
         kept = kept & earlier.buffer(module)
-    elif earlier is not None:
-        raise ConfigError(f"{name} already has shared values: prune before share, or release first")
     Mask(name).install(module, kept.clone())
+
+
+def _refuse_unmaskable(module: nn.Module, name: str) -> None:
+    earlier = constraint_of(module, name)
+    if earlier is not None and not isinstance(earlier, Mask):
+        raise ConfigError(f"{name} already has shared values: prune before share, or release first")
+    Mask(name).refuse_taken(module)
 
 
 def prune_by_std(model: Model, quality: float | dict[str, float]) -> Model:
@@ -135,6 +153,10 @@ def prune_by_std(model: Model, quality: float | dict[str, float]) -> Model:
     Returns:
         `model`.
 
+    Raises:
+        ConfigError: if a quality is out of range, a name unknown, a weight not finite or shared
+            already; nothing is pruned then.
+
     Example:
         >>> layer = nn.Linear(4, 1, bias=False)
         >>> _ = layer.weight.data.copy_(torch.tensor([[0.1, -2.0, 2.0, 0.3]]))
@@ -143,9 +165,13 @@ def prune_by_std(model: Model, quality: float | dict[str, float]) -> Model:
 
     Source: Han et al., arXiv 1506.02626, section 3.
     """
-    for name, (module, own, share) in choose(model, quality, "quality").items():
-        if share < 0:
+    chosen = choose(model, quality, "quality")
+    for name, (module, own, share) in chosen.items():
+        if not share >= 0:
             raise ConfigError(f"quality of {name} is {share}: give 0 or more")
+        refuse_non_finite(module, own, name)
+        _refuse_unmaskable(module, own)
+    for module, own, share in chosen.values():
         weight = module.get_parameter(own).detach()
         earlier = constraint_of(module, own)
         alive = weight[earlier.buffer(module)] if isinstance(earlier, Mask) else weight

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dgc.core import codebook
 from dgc.errors import ConfigError
-from dgc.model.constrain import Constraint, bind_root, choose
+from dgc.model.constrain import Constraint, bind_root, choose, refuse_non_finite
 from dgc.model.progress import bar
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,6 +35,8 @@ class Shared(Constraint):
     suffix = "codes"
 
     def gradient(self, buffer: Tensor, grad: Tensor) -> Tensor:
+        if grad.is_sparse:
+            raise ConfigError(f"{self.name} has shared values: make its embedding sparse=False")
         codes = buffer.reshape(-1).int()
         sums = torch.zeros(256, dtype=torch.promote_types(grad.dtype, torch.float32)).to(
             grad.device
@@ -45,7 +47,8 @@ class Shared(Constraint):
 
     def project_(self, buffer: Tensor, values: Tensor) -> None:
         codes, flat = buffer.reshape(-1), values.reshape(-1)
-        levels = levels_of(codes, flat)
+        # Means are taken in 32 bits or more: sums of 16 bits stop growing.
+        levels = levels_of(codes, flat).to(torch.promote_types(flat.dtype, torch.float32))
         # The mean difference from one member is exactly zero when all agree, so that projecting
         # twice changes no bit; it is not when an optimizer's older momentum moved them apart.
         sums, counts = levels.new_zeros(256), levels.new_zeros(256)
@@ -53,11 +56,11 @@ class Shared(Constraint):
             codes.split(codebook.CHUNK), flat.split(codebook.CHUNK), strict=True
         ):
             code = part.int()
-            sums.index_add_(0, code, value - levels[code])
+            sums.index_add_(0, code, value.to(levels.dtype) - levels[code])
             counts += torch.bincount(code, minlength=256).to(counts.dtype)
         means = levels + sums / counts.clamp(min=1)
         means[0] = 0
-        values.copy_(codebook.lookup(buffer, means))
+        values.copy_(codebook.lookup(buffer, means.to(values.dtype)))
 
 
 def levels_of(codes: Tensor, values: Tensor) -> Tensor:
@@ -96,7 +99,8 @@ def share(
         `model`.
 
     Raises:
-        ConfigError: if bits, init or penalty is out of range or a name unknown.
+        ConfigError: if bits, init or penalty is out of range, a name unknown or a weight not
+            finite; nothing is shared then.
 
     Example:
         >>> layer = nn.Linear(4, 1, bias=False)
@@ -113,21 +117,23 @@ def share(
     if init not in STARTS:
         raise ConfigError(f"init is {init!r}: one of {sorted(STARTS)}")
     chosen = choose(model, bits, "bits")
-    for name, (module, own, width) in bar(list(chosen.items()), "share", progress):
-        if width not in range(1, 9):
+    by_name = penalty if isinstance(penalty, dict) else dict.fromkeys(chosen, penalty)
+    penalties = {n: price for n, (_, _, price) in choose(model, by_name, "penalty").items()}
+    for name, price in penalties.items():
+        if not 0 <= price < float("inf"):
+            raise ConfigError(f"penalty of {name} is {price}: give 0 or more")
+    for name, (module, own, width) in chosen.items():
+        if isinstance(width, float) or width not in range(1, 9):
             raise ConfigError(f"bits of {name} is {width}: give 1 to 8")
+        refuse_non_finite(module, own, name)
+        Shared(own).refuse_taken(module)
+    for name, (module, own, width) in bar(list(chosen.items()), "share", progress):
         weight = module.get_parameter(own).detach()
-        codes, levels = quantise(weight, width, init, _penalty_of(penalty, name))
+        codes, levels = quantise(weight, width, init, penalties.get(name, 0.0))
         weight.copy_(codebook.lookup(codes, levels.to(weight.dtype)))
         Shared(own).install(module, codes)
     bind_root(model)
     return model
-
-
-def _penalty_of(penalty: float | dict[str, float], name: str) -> float:
-    if not isinstance(penalty, dict):
-        return penalty
-    return penalty.get(name, penalty.get(name.removesuffix(".weight"), 0.0))
 
 
 def quantise(weight: Tensor, bits: int, init: str, penalty: float) -> tuple[Tensor, Tensor]:
@@ -141,7 +147,9 @@ def quantise(weight: Tensor, bits: int, init: str, penalty: float) -> tuple[Tens
     table = torch.zeros(256, dtype=torch.float64, device=weight.device)
     if values.numel():
         start = STARTS[init](values, 2**bits - 1)
-        start = start[start != 0].unique()
+        # The value zero is code 0: a level for kept weights whose mean it is lies beside it.
+        tiny = torch.finfo(torch.float32).tiny
+        start = start.masked_fill(start == 0, tiny).unique()
         zeros = weight.numel() - values.numel()
         levels, chosen = codebook.entropy_codes(values.cpu(), start, zeros, penalty)
         codes.masked_scatter_(weight != 0, chosen.to(weight.device))

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dgc.errors import ConfigError
 from dgc.model import prune, release, share
 from dgc.model.constrain import constrained
 from tests.processes import run_processes
@@ -221,6 +222,88 @@ def test_channels_last_weights() -> None:
     model(torch.randn(2, 4, 5, 5)).sum().backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     groups_agree(model)
+
+
+@pytest.mark.parametrize("act", [lambda m: prune(m, 0.5), lambda m: share(m, 1)])
+def test_what_was_frozen_at_first_trains_as_what_was_not(act: Callable[..., nn.Module]) -> None:
+    def trained(frozen: bool) -> Tensor:
+        model = make()
+        act(model.requires_grad_(not frozen)).requires_grad_(True)
+        step(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), 0)
+        assert model[0].weight.grad is not None
+        return torch.cat([model[0].weight.detach(), model[0].weight.grad])
+
+    assert torch.equal(trained(frozen=True), trained(frozen=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_shared_values_are_means_in_any_precision(dtype: torch.dtype) -> None:
+    layer = nn.Linear(200, 200, bias=False).to(dtype)
+    layer.weight.data.fill_(0.5)
+    share(layer, 1)
+    layer.weight.data[:100].add_(1.0)
+    assert layer.state_dict()["weight"].unique().tolist() == [1.0]
+
+
+def test_levels_that_are_zero_stay_apart_from_the_pruned() -> None:
+    layer = nn.Linear(4, 1, bias=False)
+    layer.weight.data.copy_(torch.tensor([[1.0, -1.0, 0.1, -0.1]]))
+    assert share(layer, 2).weight.tolist() == [[1.0, -1.0, pytest.approx(0), pytest.approx(0)]]
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight.data.copy_(torch.tensor([[1.0, -1.0]]))
+    assert share(layer, 1).weight_codes.tolist() == [[1, 1]]
+
+
+def test_a_foreign_optimizer_and_a_module_whose_forward_is_never_called() -> None:
+    model = prune(nn.MultiheadAttention(8, 2), 0.5)
+    x = torch.randn(3, 1, 8)
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.data.add_(0.1)
+        model(x, x, x)
+        for name in ("in_proj", "out_proj.", "in_proj", "out_proj."):
+            weight = model.get_parameter(f"{name}_weight".replace("._", "."))
+            assert int((weight == 0).sum()) == weight.numel() // 2
+
+
+@pytest.mark.parametrize("act", [lambda m: prune(m, 0.5), lambda m: share(m, 2)])
+def test_functional_calls_take_other_tensors(act: Callable[..., nn.Module]) -> None:
+    model, x = act(nn.Linear(4, 2)), torch.ones(1, 4)
+    out = torch.func.functional_call(model, {"weight": torch.ones(2, 4)}, (x,))
+    assert torch.equal(out, x.new_full((1, 2), 4.0) + model.bias)
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    grad = torch.func.grad(loss)({n: p.detach() for n, p in model.named_parameters()})
+    assert torch.equal(grad["weight"], 2 * model(x).detach().T.expand(2, 4))
+
+
+def test_a_parametrization_on_top_is_refused() -> None:
+    model = prune(nn.Linear(4, 2), 0.5)
+    with pytest.raises(ConfigError, match=r"'weight'.*before dgc\.prune"):
+        nn.utils.parametrizations.weight_norm(model)(torch.ones(1, 4))
+
+
+def test_sparse_gradients_of_embeddings() -> None:
+    model = prune(nn.Embedding(20, 8, sparse=True), 0.5)
+    optimizer = torch.optim.SparseAdam(model.parameters(), lr=0.1)
+    model(torch.tensor([1, 2])).sum().backward()
+    optimizer.step()
+    assert int((model.weight == 0).sum()) == 80
+    shared = share(nn.Embedding(20, 8, sparse=True), 3)
+    with pytest.raises(ConfigError, match="sparse=False"):
+        shared(torch.tensor([1, 2])).sum().backward()
+
+
+@pytest.mark.parametrize("act", [lambda m: prune(m, 0.5), lambda m: share(m, 2)])
+def test_second_derivatives(act: Callable[..., nn.Module]) -> None:
+    model = act(nn.Linear(8, 2))
+    out = model(torch.ones(1, 8)).square().sum()
+    (grad,) = torch.autograd.grad(out, model.weight, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), model.weight)
+    assert second.shape == (2, 8)
+    assert bool(second.any())
 
 
 def test_release_leaves_a_plain_model() -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from dgc.model import (
     save_state,
     share,
 )
+from dgc.model.constrain import constrained
 from dgc.model.layer import Decoder, Layer, encode_layers
 from tests.model.network import CODERS, Net, net
 
@@ -183,6 +185,37 @@ def test_load_can_go_on_constraining(tmp_path: Path) -> None:
     assert not torch.equal(twin.fc1.weight, before)
 
 
+def test_only_weights_are_constrained_by_a_file(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Flatten())
+
+    save(prune(make(), 0.5), tmp_path / "m.dgc")
+    assert {"1.running_mean", "1.weight"} <= inspect(tmp_path / "m.dgc")[1].keys()
+    twin = load(make(), tmp_path / "m.dgc", constrain=True)
+    assert [c.buffer_name for _, c in constrained(twin)] == ["weight_mask"]
+
+
+def test_a_model_without_memory_is_refused(tmp_path: Path) -> None:
+    save(net(), tmp_path / "m.dgc")
+    with torch.device("meta"):
+        model = net()
+    with pytest.raises(ConfigError, match="to_empty"):
+        load(model, tmp_path / "m.dgc")
+
+
+def test_half_leaves_sixteen_bits_as_they_are(tmp_path: Path) -> None:
+    state = {"w": (torch.randint(1, 5, (40, 40)) * 1e-7).to(torch.bfloat16)}
+    save_state(state, tmp_path / "m.dgc", half=True)
+    assert torch.equal(read_state(tmp_path / "m.dgc")["w"], state["w"])
+
+
+def test_two_threads_that_save_to_one_path(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda seed: save(net(seed % 2), tmp_path / "m.dgc"), range(20)))
+    assert [p.name for p in tmp_path.iterdir()] == ["m.dgc"]
+    load(net(), tmp_path / "m.dgc")
+
+
 def test_load_lifts_the_constraints_of_the_model_it_fills(tmp_path: Path) -> None:
     model = prune(net(0), 0.5)
     save(model, tmp_path / "m.dgc")
@@ -214,6 +247,9 @@ def test_export_is_plain_safetensors(tmp_path: Path) -> None:
 def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="complex64"):
         save_state({"a": torch.ones(2, dtype=torch.complex64)}, tmp_path / "m.dgc")
+    for value in (torch.ones([1] * 17), torch.zeros([1] * 16 + [100])):
+        with pytest.raises(ConfigError, match="17 dimensions: at most 16"):
+            save_state({"a": value}, tmp_path / "m.dgc")
     with pytest.raises(ConfigError, match=r"\.dgc"):
         save_state({"a.dgc": torch.ones(2)}, tmp_path / "m.dgc")
     with pytest.raises(ConfigError, match="'ans'"):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,13 +89,14 @@ def test_a_sealed_change_gives_a_file_error_or_tensors_of_the_declared_size(
     assert {n: (tuple(t.shape), t.dtype) for n, t in state.items()} == shapes
 
 
-def rebuilt(raw: bytes, change: Callable[[dict[str, object]], object], extra: bytes = b"") -> bytes:
+def rebuilt(raw: bytes, change: Callable[[dict[str, object]], object], padding: int = 0) -> bytes:
     """The file with its header changed as JSON, and sealed."""
     size = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + size])
     replaced = change(header)
     text = json.dumps(header if replaced is None else replaced, separators=(",", ":")).encode()
-    return sealed(len(text).to_bytes(8, "little") + text + raw[8 + size :] + extra)
+    text += b" " * ((padding - len(text)) % 8)
+    return sealed(len(text).to_bytes(8, "little") + text + raw[8 + size :])
 
 
 HOSTILE_HEADERS: dict[str, Callable[[dict[str, object]], object]] = {
@@ -117,6 +119,15 @@ HOSTILE_HEADERS: dict[str, Callable[[dict[str, object]], object]] = {
     "tied is no object": lambda h: h["__metadata__"].update(tied="[1]"),
     "tied is not JSON": lambda h: h["__metadata__"].update(tied="[" * 100_000),
     "unknown widening": lambda h: h["__metadata__"].update(widen="F64"),
+    "a record of another dtype": lambda h: h["fc1.weight.dgc"].update(dtype="BOOL"),
+    "a record in two dimensions": lambda h: h["fc1.weight.dgc"]["shape"].append(1),
+    "tied name that is no Unicode": lambda h: h["__metadata__"].update(
+        tied='{"a\\ud800":"fc1.bias"}'
+    ),
+    "tied name of the metadata": lambda h: h["__metadata__"].update(
+        tied='{"__metadata__":"fc1.bias"}'
+    ),
+    "name that is no Unicode": lambda h: h.update({"a\ud800": h.pop("fc1.bias")}),
     "a record twice": lambda h: h.update({"fc1.weight": {**h["fc1.bias"], "shape": [0]}}),
 }
 
@@ -125,6 +136,25 @@ HOSTILE_HEADERS: dict[str, Callable[[dict[str, object]], object]] = {
 def test_hostile_headers_with_a_right_hash(good: dict[str, bytes], case: str) -> None:
     with pytest.raises(FileError):
         decode(rebuilt(good["ans"], HOSTILE_HEADERS[case]))
+    decode(rebuilt(good["ans"], lambda header: None))
+
+
+@pytest.mark.parametrize("padding", range(1, 8))
+def test_a_header_that_leaves_tensors_unaligned(good: dict[str, bytes], padding: int) -> None:
+    with pytest.raises(FileError, match="not aligned"):
+        decode(rebuilt(good["ans"], lambda header: None, padding))
+
+
+def test_entries_are_sorted_by_width() -> None:
+    raw = container.pack(
+        {"a": container.Entry("I16", (4,), bytes(8)), "b": container.Entry("F16", (4,), bytes(8))},
+        {},
+    )
+    container.unpack(raw)
+    with pytest.raises(FileError, match="not aligned"):
+        container.unpack(
+            rebuilt(raw, lambda h: h["b"].update(dtype="F32", shape=[2]))  # behind 16 bits
+        )
 
 
 def test_hostile_header_texts_with_a_right_hash(good: dict[str, bytes]) -> None:
@@ -176,6 +206,15 @@ def test_a_small_file_cannot_claim_much_memory() -> None:
     zeros = b"\x01\x00\x02" + b"\x80\x80\x40" * 2 + b"\x00\x00\x00\x00\x01\x00"
     with pytest.raises(FileError, match=r"decodes to 4398046511104 bytes.*max_bytes"):
         decode(file_of(zeros))
+
+
+def test_tied_names_count_each(tmp_path: Path) -> None:
+    zeros = torch.zeros(1024, 1024)
+    file.save_state(dict.fromkeys(map(str, range(200)), zeros), tmp_path / "m.dgc")
+    assert (tmp_path / "m.dgc").stat().st_size < 4096
+    with pytest.raises(FileError, match=f"decodes to {200 << 22} bytes"):
+        file.export(tmp_path / "m.dgc", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_records_that_refer_to_no_table_are_refused() -> None:

@@ -130,3 +130,35 @@ def test_shared_biases_are_refused() -> None:
     with pytest.raises(ConfigError, match="prune before share"):
         fold(model)
     assert torch.equal(model[2].bias, bias)
+
+
+class Skip(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self[1](self[0](x)).sum()
+
+
+def reused() -> nn.Module:
+    model = make([nn.ReLU()])
+    return nn.Sequential(model, nn.Linear(3, 6), nn.Sequential(model[0], nn.Linear(8, 2)))
+
+
+def tied() -> nn.Module:
+    first = make([nn.ReLU()])
+    again = nn.Linear(8, 3)
+    again.weight = first[-1].weight
+    return nn.ModuleDict({"first": first, "again": again})
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(layer := prune(nn.Linear(6, 6), 0.05), nn.ReLU(), layer),
+        Skip(*make([nn.ReLU()])),
+        reused(),
+        tied(),
+    ],
+)
+def test_what_is_used_twice_or_in_another_way_is_left_alone(model: nn.Module) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fold(model)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())

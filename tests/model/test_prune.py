@@ -20,11 +20,22 @@ from dgc.model import (
     prune_iteratively,
     share,
 )
+from dgc.model.constrain import constrained
 
 
 def make() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
+
+
+def with_nan(model: nn.Sequential) -> nn.Sequential:
+    model[2].weight.data[3, 3] = torch.nan
+    return model
+
+
+def own_buffer(model: nn.Sequential, name: str) -> nn.Sequential:
+    model[2].register_buffer(name, torch.ones(3))
+    return model
 
 
 def test_the_largest_of_each_layer_are_kept() -> None:
@@ -164,9 +175,19 @@ def test_distillation_against_a_loop() -> None:
         (lambda m: prune(m, 0.5, structure={"9": 1.0}), "no parameter .9. for structure"),
         (lambda m: prune(m[1], 0.5), "two or more dimensions"),
         (lambda m: prune(share(m, 2), 0.5), "prune before share"),
+        (lambda m: prune(share(m, {"2": 2}), 0.5), "prune before share"),
+        (lambda m: prune(own_buffer(m, "weight_mask"), 0.5), "Linear has a 'weight_mask'"),
         (lambda m: prune_by_std(m, -1.0), "0 or more"),
+        (lambda m: prune_by_std(m, float("nan")), "0 or more"),
+        (lambda m: prune_by_std(with_nan(m), 1.0), "1 elements of 2.weight are not finite"),
         (lambda m: cubic_density(1, 5, 5, final=0.1), "begin < end"),
         (lambda m: share(m, 9), "1 to 8"),
+        (lambda m: share(m, {"0": 3, "2": 9}), "1 to 8"),
+        (lambda m: share(m, 5.0), "1 to 8"),
+        (lambda m: share(with_nan(m), 3), "1 elements of 2.weight are not finite"),
+        (lambda m: share(own_buffer(m, "weight_codes"), 3), "Linear has a 'weight_codes'"),
+        (lambda m: share(m, 4, penalty={"fc9": 0.1}), "no parameter 'fc9' for penalty"),
+        (lambda m: share(m, 4, penalty=float("nan")), "0 or more"),
         (lambda m: share(m, 4, init="best"), "kmeans"),
         (lambda m: share(m, 4, penalty=-1.0), "0 or more"),
         (
@@ -178,3 +199,31 @@ def test_distillation_against_a_loop() -> None:
 def test_faults_of_the_user(call: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         call(make())  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m: share(m, {"0": 3, "2": 9}),
+        lambda m: share(with_nan(m), 3),
+        lambda m: share(own_buffer(m, "weight_codes"), 3),
+        lambda m: prune(own_buffer(m, "weight_mask"), 0.5),
+        lambda m: prune(with_nan(m), 0.5),
+        lambda m: prune_by_std(with_nan(m), 1.0),
+    ],
+)
+def test_a_fault_of_the_second_layer_leaves_the_first_alone(call: object) -> None:
+    model = make()
+    with pytest.raises(ConfigError):
+        call(model)  # type: ignore[operator]
+    assert not constrained(model)
+    assert torch.equal(model[0].weight, make()[0].weight)
+
+
+def test_gains_stored_as_columns_and_empty_weights_are_kept() -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(100, 50))
+    assert densities(prune(normed, 0.1)) == {"parametrizations.weight.original1": 0.1}
+    assert bool((normed.parametrizations.weight.original0 != 0).all())
+    model = nn.ModuleList([nn.Embedding(0, 5), nn.Linear(5, 5)])
+    assert int(prune(model, 0.2)[1].weight.count_nonzero()) == 5
+    assert share(model, 2)[0].weight.shape == (0, 5)
