@@ -146,7 +146,8 @@ class DGC(Compression):
         super().__post_init__()
         _check("density", self.density, 0 < self.density <= 1, "in (0, 1]")
         _check("min_selected", self.min_selected, self.min_selected >= 1, "at least 1")
-        _check("value_bits", self.value_bits, self.value_bits in VALUE_BITS, f"one of {VALUE_BITS}")
+        good = isinstance(self.value_bits, int) and self.value_bits in VALUE_BITS
+        _check("value_bits", self.value_bits, good, f"one of {VALUE_BITS}")
         _check("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
         good = 0 < self.warmup_density <= 1
         _check("warmup_density", self.warmup_density, good, "in (0, 1]")
@@ -155,8 +156,8 @@ class DGC(Compression):
         good = self.state_dtype in _STATE_DTYPES
         _check("state_dtype", self.state_dtype, good, f"one of {_STATE_DTYPES}")
         _check("pattern", self.pattern, self.pattern in PATTERNS, f"one of {PATTERNS}")
-        if isinstance(self.exclude, str):
-            raise ConfigError(f"exclude is the string {self.exclude!r}: give a tuple of patterns")
+        good = isinstance(self.exclude, tuple) and all(isinstance(e, str) for e in self.exclude)
+        _check("exclude", self.exclude, good, "a tuple of patterns")
 
     @classmethod
     def paper(cls, *, warmup_steps: int, clip_norm: float | None = None, **changes: Any) -> "DGC":

@@ -5,13 +5,12 @@ cannot work with compression is refused by name.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from os import environ
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -98,20 +97,15 @@ class DistributedOptimizer(_DistributedOptimizer):
         self.backward_passes_per_step = passes
         self._passes.clear()
 
-    def _hook(self, name: str) -> Callable[[Tensor], None]:
-        exchange = super()._hook(name)
-
-        def passed(param: Tensor) -> None:
-            self._passes[name] += 1
-            if self._passes[name] > self.backward_passes_per_step:
-                raise GradientError(
-                    f"{name} got gradient number {self._passes[name]} before step(): raise "
-                    f"backward_passes_per_step, which is {self.backward_passes_per_step}"
-                )
-            if self._passes[name] == self.backward_passes_per_step:
-                exchange(param)
-
-        return passed
+    def _gradient_ready(self, name: str) -> None:
+        self._passes[name] += 1
+        if self._passes[name] > self.backward_passes_per_step:
+            raise GradientError(
+                f"{name} got gradient number {self._passes[name]} before step(): raise "
+                f"backward_passes_per_step, which is {self.backward_passes_per_step}"
+            )
+        if self._passes[name] == self.backward_passes_per_step:
+            super()._gradient_ready(name)
 
     def synchronize(self) -> None:
         """As `dgc.DistributedOptimizer.synchronize`; passes that are missing are not waited for."""

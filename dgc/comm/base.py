@@ -65,6 +65,10 @@ class Communicator(Protocol):
         """The communicator of the ranks that gave the same `color`, in order of rank."""
         ...
 
+    def duplicate(self) -> "Communicator":
+        """One of the same ranks, whose collectives need no order with those of this one."""
+        ...
+
     def close(self) -> None:
         """Free what this communicator opened."""
         ...
@@ -112,6 +116,9 @@ class SelfCommunicator:
         pass
 
     def split(self, color: int) -> Communicator:
+        return self
+
+    def duplicate(self) -> Communicator:
         return self
 
     def close(self) -> None:

@@ -189,6 +189,11 @@ class HorovodCommunicator:
                 mine = HorovodCommunicator(part, timeout_seconds=self.timeout_seconds)
         return mine
 
+    def duplicate(self) -> Communicator:
+        twin = HorovodCommunicator(self.set, timeout_seconds=self.timeout_seconds)
+        twin._added = self._added  # Horovod refuses a process set of the same ranks twice
+        return twin
+
     def _process_set(self, ranks: tuple[int, ...]) -> Any:
         if len(ranks) == self.world_size:
             return self.set

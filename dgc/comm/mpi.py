@@ -85,7 +85,11 @@ class MpiCommunicator:
         self.mpi = import_mpi()
         if timeout_seconds <= 0:
             raise ConfigError(f"timeout_seconds is {timeout_seconds}: give a positive number")
-        self.comm = (comm or self.mpi.COMM_WORLD).Dup()
+        if comm == self.mpi.COMM_NULL:
+            raise ConfigError(
+                "comm is COMM_NULL: this rank has no part in it, let it go its own way"
+            )
+        self.comm = (self.mpi.COMM_WORLD if comm is None else comm).Dup()
         self.timeout_seconds = timeout_seconds
         self.device, self.host = torch.device("cpu"), self.mpi.Get_processor_name()
         self.cuda_aware = is_cuda_aware(self.mpi.__file__)
@@ -158,5 +162,9 @@ class MpiCommunicator:
         finally:
             part.Free()
 
+    def duplicate(self) -> Communicator:
+        return MpiCommunicator(self.comm, timeout_seconds=self.timeout_seconds)
+
     def close(self) -> None:
-        self.comm.Free()
+        if self.comm != self.mpi.COMM_NULL:
+            self.comm.Free()

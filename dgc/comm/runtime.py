@@ -126,6 +126,9 @@ class Runtime:
 
     def close(self) -> None:
         """Close the communication that `init` opened; what was open before stays open."""
+        global _current
+        if _current is self.comm:
+            _current = None
         self.comm.close()
 
 
@@ -160,8 +163,8 @@ def init(backend: str = "auto", *, timeout_seconds: float = 600.0) -> Runtime:
     device = _device(place)
     chosen = _choose(place, device) if backend == "auto" else backend
     comm: Communicator
-    if dist.is_initialized() and chosen in ("gloo", "nccl"):
-        comm = TorchCommunicator()
+    if dist.is_initialized() and chosen not in ("mpi", "horovod"):
+        comm = TorchCommunicator(timeout_seconds=timeout_seconds)
     elif chosen == "none":
         comm = SelfCommunicator()
     elif chosen == "mpi":

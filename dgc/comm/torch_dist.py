@@ -6,6 +6,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ T = TypeVar("T")
 def _checked(call: Callable[[], T]) -> T:
     try:
         return call()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise CommError(
             f"a collective failed: {error}\nAnother rank has probably died or is stuck; "
             "see its own output first, then restart all ranks from the last checkpoint"
@@ -47,11 +48,11 @@ def _settle() -> None:
 
 
 class _Pending:
-    def __init__(self, work: Any, result: Tensor) -> None:
-        self.work, self.result = work, result
+    def __init__(self, work: Any, result: Tensor, limit: tuple[timedelta, ...]) -> None:
+        self.work, self.result, self.limit = work, result, limit
 
     def wait(self) -> Tensor:
-        _checked(self.work.wait)
+        _checked(lambda: self.work.wait(*self.limit))
         return self.result
 
 
@@ -61,9 +62,17 @@ class TorchCommunicator:
     Args:
         group: the process group; None is the default one, which must be initialised.
         owner: whether `close` destroys the default process group.
+        timeout_seconds: how long a collective may take before `CommError`; None leaves it at the
+            group's own timeout, as nccl does in any case.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, owner: bool = False) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        owner: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> None:
         self.group, self.owner = group, owner
         self._parts: list[TorchCommunicator] = []
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
@@ -72,6 +81,11 @@ class TorchCommunicator:
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if uses_nccl else torch.device("cpu")
         )
+        self.timeout = _timeout_of(group, self.device)
+        self._limit: tuple[timedelta, ...] = ()  # nccl's wait would make the host wait
+        if timeout_seconds is not None and not uses_nccl:
+            self.timeout = timedelta(seconds=timeout_seconds)
+            self._limit = (self.timeout,)
 
     def all_gather(self, message: Tensor) -> Handle:
         result = message.new_empty(self.world_size * message.numel())
@@ -92,7 +106,7 @@ class TorchCommunicator:
 
     def _pending(self, work: Any, result: Tensor) -> Handle:
         _last.append(work)
-        return _Pending(work, result)
+        return _Pending(work, result, self._limit)
 
     def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
         sent = [m.numel() for m in messages]
@@ -110,8 +124,12 @@ class TorchCommunicator:
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
         source = root if self.group is None else dist.get_global_rank(self.group, root)
         group = self.group
-        work = _checked(lambda: dist.broadcast(tensor, source, group=group, async_op=True))
-        self._pending(work, tensor).wait()
+        # A frozen parameter or a buffer may lie on the CPU where nccl exchanges.
+        sent = tensor.to(self.device) if self.device.type == "cuda" else tensor
+        work = _checked(lambda: dist.broadcast(sent, source, group=group, async_op=True))
+        self._pending(work, sent).wait()
+        if sent is not tensor:
+            tensor.copy_(sent)
 
     def barrier(self) -> None:
         work = _checked(lambda: dist.barrier(group=self.group, async_op=True))
@@ -123,9 +141,12 @@ class TorchCommunicator:
         if len(members) == 1:
             return SelfCommunicator()
         # Ranks outside this communicator do not take part.
-        part = TorchCommunicator(dist.new_group(members, use_local_synchronization=True))
-        self._parts.append(part)
-        return part
+        group = dist.new_group(members, timeout=self.timeout, use_local_synchronization=True)
+        self._parts.append(TorchCommunicator(group))
+        return self._parts[-1]
+
+    def duplicate(self) -> Communicator:
+        return self if self.world_size == 1 else self.split(0)
 
     def _global_rank(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
@@ -133,7 +154,21 @@ class TorchCommunicator:
     def close(self) -> None:
         if self.owner and dist.is_initialized():
             self.barrier()  # no rank leaves while another still reads from it
-            for part in self._parts:
-                del part.group  # its threads end with the last reference
-            self._parts.clear()
+            self._forget_parts()
             dist.destroy_process_group()
+
+    def _forget_parts(self) -> None:
+        for part in self._parts:
+            part._forget_parts()
+            part.group = None  # its threads end with the last reference
+        self._parts.clear()
+
+
+def _timeout_of(group: dist.ProcessGroup | None, device: torch.device) -> timedelta | None:
+    """How long a collective of the group may take; None, for torch's default, if it does not say."""
+    group = group or dist.group.WORLD
+    try:
+        found = group._get_backend(device).options._timeout  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError):
+        return None
+    return found if isinstance(found, timedelta) else None

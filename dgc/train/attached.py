@@ -38,6 +38,8 @@ class Attached:
             optimizer._step_supports_amp_scaling = RefuseScaler()  # type: ignore[attr-defined]
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
+        # A step that was interrupted has left the options of its group without momentum.
+        optimizer.register_state_dict_pre_hook(lambda _: self.inner.after())
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -95,5 +97,6 @@ class Attached:
         """
         check_header(state_dict, self.comm, KEYS)
         self.inner.check_state(state_dict)
+        self.reducer.check_state(state_dict)
         self.reducer.load_state_dict(state_dict)
         self.inner.load_state_dict(state_dict)

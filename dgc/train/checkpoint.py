@@ -66,7 +66,7 @@ def resize(states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> d
         StateError: a state is missing, of another version, or of another world than the first.
 
     Example:
-        >>> old = [{"version": 2, "rank": r, "world_size": 2, "step": 5,
+        >>> old = [{"version": 3, "rank": r, "world_size": 2, "step": 5,
         ...         "memory": {"w": {"v": torch.tensor([1.0 + r])}}} for r in range(2)]
         >>> resize(old, 0, 1)["memory"]["w"]["v"].tolist()
         [1.5]

@@ -18,6 +18,7 @@ class Guard:
 
     Attributes:
         used: the names that got a gradient since the last `delivered`.
+        handles: of its hooks, to remove them.
     """
 
     def __init__(self, params: Mapping[str, Parameter]) -> None:
@@ -25,8 +26,7 @@ class Guard:
         self.used: set[str] = set()
         self._delivered: set[str] = set()
         self._stale: dict[str, Tensor] = {}  # bool, whether .grad still holds the mean
-        for name, param in self.params.items():
-            param.register_hook(self._hook(name, param))
+        self.handles = [p.register_hook(self._hook(name, p)) for name, p in self.params.items()]
 
     def _hook(self, name: str, param: Parameter) -> Callable[[Tensor], None]:
         def before(_: Tensor) -> None:

@@ -151,7 +151,10 @@ class HierarchicalBucket(CompressedBucket):
             finite &= arrival.finite
             for piece, used in zip(pieces, arrival.used, strict=True):
                 everyone[piece.tensor] |= used
-        return Arrival(finite, tuple(everyone))
+        # An empty tensor has no piece, and is as good as used.
+        return Arrival(
+            finite, tuple(u or not n for u, n in zip(everyone, self.layout.numels, strict=True))
+        )
 
     def put_back_(self) -> None:
         assert self._sent is not None, "put_back_ undoes a send"

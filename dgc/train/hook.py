@@ -152,9 +152,9 @@ def _inner_module(model: DistributedDataParallel) -> nn.Module:
 
 
 def _check_all_trained(model: DistributedDataParallel, trained: set[nn.Parameter]) -> None:
-    ignored = set(model.parameters_to_ignore)
+    exchanged = set(model._module_parameters)  # that needed a gradient when DDP was made
     for name, param in model.module.named_parameters():
-        if param.requires_grad and param not in trained and name not in ignored:
+        if param in exchanged and param not in trained:
             raise ConfigError(
                 f"DDP exchanges the gradient of {name}, which the optimizer does not train: give "
                 "it to the optimizer, or requires_grad_(False) before DistributedDataParallel"

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.optim import SGD, Adam, Optimizer
 
 from dgc.config import DGC, Compression
-from dgc.errors import ConfigError, StateError
+from dgc.errors import ConfigError, GradientError, StateError
 from dgc.train.adam import AdamSteps, check_adam
 from dgc.train.bucket import Row
 from dgc.train.momentum import Momentum, Owned, SgdMomentum
@@ -63,7 +63,8 @@ class InnerStep:
 
     def regroup(self) -> None:
         """Find each parameter's group; `optimizer.load_state_dict` replaces the groups."""
-        self._group = {p: g for g in self.optimizer.param_groups for p in g["params"]}
+        self._groups = self.optimizer.param_groups
+        self._group = {p: g for g in self._groups for p in g["params"]}
 
     @property
     def memory_config(self) -> Compression:
@@ -102,6 +103,14 @@ class InnerStep:
         """Whether what arrives is a step and no gradient."""
         return self.owns_momentum and self.local is self.adam
 
+    @property
+    def _unit(self) -> str:
+        """What the residual is made of."""
+        made_of = "step" if self._adds_steps else "gradient"
+        return (
+            f"lr * {made_of}" if isinstance(self.config, DGC) and self.config.fold_lr else made_of
+        )
+
     def enter_(
         self, names: Sequence[str], grads: Sequence[Tensor], rows: Sequence[Row]
     ) -> tuple[list[Tensor], list[Row]]:
@@ -125,16 +134,21 @@ class InnerStep:
 
     def _group_of(self, name: str) -> dict[str, Any]:
         param = self.params[name]
-        if param not in self._group:
+        if self._groups is not self.optimizer.param_groups or param not in self._group:
             self.regroup()
         group: dict[str, Any] = self._group[param]
         return group
 
     @torch.no_grad()
     def before(self) -> None:
-        """Add the local share to `.grad` and set the options of this step; `after` restores them."""
+        """Add the local share to `.grad` and set the options of this step; `after` restores them.
+
+        Raises:
+            GradientError: a gradient of a parameter that is not exchanged.
+        """
         self.after()  # a step that raised did not get there
         self.regroup()
+        self._refuse_local_gradients()
         self._saved = [dict(group) for group in self.optimizer.param_groups]
         if self.owns_momentum:
             moved = [name for name, param in self.params.items() if param.grad is not None]
@@ -144,6 +158,16 @@ class InnerStep:
             group.update(self.local.without(group) if self.owns_momentum else {})
             if self._steps_with_one(group):
                 group["lr"] = 1.0
+
+    def _refuse_local_gradients(self) -> None:
+        exchanged = set(self.params.values())
+        local = [p for p in self._group if p.grad is not None and p not in exchanged]
+        if local:
+            raise GradientError(
+                f"{len(local)} parameters, the first of shape {tuple(local[0].shape)}, have gradients "
+                "of this rank alone: they were frozen, or not the optimizer's yet, when dgc took it. "
+                "Unfreeze or add first, then wrap or register"
+            )
 
     def after(self) -> None:
         """Give the param groups their own options back."""
@@ -167,6 +191,7 @@ class InnerStep:
     def state_dict(self) -> dict[str, Any]:
         """What the wrapped optimizer's own state lacks, by parameter name."""
         return {
+            "unit": self._unit,
             "local_momentum": {name: b.clone() for name, b in self.local.buffers.items()},
             "with_momentum": sorted(self._with_momentum),
             "second_moments": {name: s.clone() for name, s in self.adam.seconds.items()},
@@ -189,7 +214,12 @@ class InnerStep:
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise `StateError` if `state` is for another model."""
+        """Raise `StateError` if `state` is for another model, or its residuals of another kind."""
+        if state["unit"] != self._unit:
+            raise StateError(
+                f"the residuals of this state are in units of {state['unit']}, here of {self._unit}: "
+                "load it with the fold_lr and momentum_correction that wrote it"
+            )
         for name, buffer in state["local_momentum"].items():
             if name not in self.params:
                 raise StateError(f"this state has momentum for {name}, which is not trained here")

@@ -93,7 +93,8 @@ class SgdMomentum(Momentum):
         self.masked = masked
 
     def row(self, param: Parameter, group: dict[str, Any], *, first: bool) -> Row:
-        gain = 1.0 if first else 1 - group["dampening"]
+        # Without momentum torch takes no dampening either.
+        gain = 1.0 if first or not group["momentum"] else 1 - group["dampening"]
         return Row(group["momentum"], gain, nesterov=group["nesterov"])
 
     def without(self, group: dict[str, Any]) -> dict[str, Any]:

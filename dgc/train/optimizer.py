@@ -1,6 +1,7 @@
 """`DistributedOptimizer`: an optimizer whose step uses the mean gradient of all ranks."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,22 +10,42 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dgc.comm.base import Communicator
 from dgc.comm.runtime import default_communicator
 from dgc.config import DGC, Compression
-from dgc.errors import ConfigError, GradientError
+from dgc.errors import ConfigError, GradientError, StateError
 from dgc.train.agree import check_agreement, named_parameters_of
 from dgc.train.guard import Guard
 from dgc.train.inner import InnerStep, RefuseScaler, check_supported
 from dgc.train.reducer import Reducer
 from dgc.train.state import KEYS, check_header, header
 
+# Which wrapper exchanges the gradient of a parameter, as a weak reference.
+_wrappers: Any = WeakIdKeyDictionary()
+
+
+def _notify(wrapper: "weakref.ref[DistributedOptimizer]", name: str) -> Callable[[Tensor], None]:
+    def notify(_: Tensor) -> None:
+        live = wrapper()
+        if live is not None:
+            live._gradient_ready(name)
+
+    return notify
+
+
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
 
 class DistributedOptimizer(Optimizer):
     """Wraps an optimizer: gradients are exchanged during backward, `step` applies their mean.
 
-    Parameters (and buffers, where given) are overwritten with those of rank 0 at construction.
+    Parameters, frozen ones too (and buffers, where given), are overwritten with those of rank 0 at
+    construction. To train others, wrap again: parameters belong to the wrapper that was made last.
     With momentum correction the options of the wrapped optimizer (SGD's momentum with Nesterov,
     dampening and weight decay; Adam's second moment) are read from its param groups at each step, so
     schedulers keep working, and applied once: here. With Adam what arrives in `.grad` is a small
@@ -76,45 +97,62 @@ class DistributedOptimizer(Optimizer):
                 "applied twice. Wrap the plain optimizer"
             )
         check_supported(optimizer, config, scaler)
-        self.comm = comm or default_communicator()
-        self.params = named_parameters_of(optimizer, named_parameters)
+        # Ranks that use different parameters exchange in different order, so it shares with nobody.
+        self.comm = (comm or default_communicator()).duplicate()
+        named = list(named_parameters)
+        self.params = named_parameters_of(optimizer, named)
         if all(name.startswith("module.") for name in self.params):
             warnings.warn(
                 "all parameters are named module.…, as DistributedDataParallel names them, which "
                 "exchanges gradients itself: use dgc.register(ddp_model, optimizer), or leave DDP out",
                 stacklevel=2,
             )
-        check_agreement(self.params, config.describe(), self.comm)
+        trained = set(self.params.values())
+        every = self.params | {name: param for name, param in named if param not in trained}
+        check_agreement(every, config.describe(), self.comm)
         self.inner = inner = InnerStep(optimizer, self.params, config, self.comm.world_size, scaler)
         self.reducer = Reducer(
             *(self.params, inner.memory_config, self.comm),
             *(inner.row, lambda: inner.loss_scale, inner.enter_),
         )
-        self.guard = Guard(self.params)
         self._syncing, self._synchronized, self._apply = True, False, True
-        self._broadcast(named_buffers)
-        for name, param in self.params.items():
-            param.register_post_accumulate_grad_hook(self._hook(name))
-
-    def _broadcast(self, named_buffers: Iterable[tuple[str, Tensor]]) -> None:
-        for tensor in [*self.params.values(), *(buffer for _, buffer in named_buffers)]:
+        for tensor in [*every.values(), *(buffer for _, buffer in named_buffers)]:
             self.comm.broadcast_(tensor.detach())
+        self._take_over()
 
-    def _hook(self, name: str) -> Callable[[Tensor], None]:
-        def ready(_: Tensor) -> None:
-            if self._syncing:
-                if self._synchronized and self._apply:
-                    raise GradientError(
-                        "a backward pass between synchronize() and step(): its gradients would be "
-                        "added to the mean. Call step() and zero_grad() first"
+    def _take_over(self) -> None:
+        """Hook the parameters; an earlier wrapper of one of them exchanges no more."""
+        for param in self.params.values():
+            earlier = _wrappers.get(param, lambda: None)()
+            if earlier is not None:
+                if earlier.reducer.pending:
+                    raise ConfigError(
+                        "wrap between steps: gradients of an earlier wrapper are sent"
                     )
-                self._synchronized = False  # by a scaler's leave: it skipped the step
-                if self.scaler is not None and not self.reducer.pending:
-                    engine = torch.autograd.Variable._execution_engine
-                    engine.queue_callback(self.synchronize)
-                self.reducer.ready(name)
+                earlier._release()
+            _wrappers[param] = weakref.ref(self)
+        self.guard = Guard(self.params)
+        hooks = [
+            param.register_post_accumulate_grad_hook(_notify(weakref.ref(self), name))
+            for name, param in self.params.items()
+        ]
+        self._release = weakref.finalize(self, _remove, [*self.guard.handles, *hooks])
+        self._release.atexit = False
 
-        return ready
+    def _gradient_ready(self, name: str) -> None:
+        """The gradient of `name` has been added to `.grad`."""
+        if not self._syncing:
+            return
+        if self._synchronized and self._apply:
+            raise GradientError(
+                "a backward pass between synchronize() and step(): its gradients would be "
+                "added to the mean. Call step() and zero_grad() first"
+            )
+        self._synchronized = False  # by a scaler's leave: it skipped the step
+        if self.scaler is not None and not self.reducer.pending:
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self.synchronize)
+        self.reducer.ready(name)
 
     def synchronize(self) -> None:
         """Wait for the exchange; afterwards `.grad` holds the mean, to clip or look at.
@@ -123,9 +161,13 @@ class DistributedOptimizer(Optimizer):
 
         Raises:
             CommError: another rank died or did not answer in time.
-            GradientError: too many steps in a row with non-finite gradients.
+            ConfigError: a later wrapper has the parameters.
+            GradientError: too many steps in a row with non-finite gradients, a gradient that was
+                changed while it was exchanged, or one added to the mean of the step before.
             WireError: a message was damaged on its way.
         """
+        if not self._release.alive:
+            raise ConfigError("a DistributedOptimizer made later has the parameters: step that one")
         if not self._synchronized:
             self.guard.check()
             self._apply = self.reducer.finish()
@@ -209,12 +251,21 @@ class DistributedOptimizer(Optimizer):
         """
         check_header(state_dict, self.comm, (*KEYS, "optimizer"))
         self.inner.check_state(state_dict)
+        self.reducer.check_state(state_dict)
+        try:
+            self.optimizer.load_state_dict(state_dict["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise StateError(f"the state of the wrapped optimizer does not fit: {error}") from error
         self.reducer.load_state_dict(state_dict)
-        self.optimizer.load_state_dict(state_dict["optimizer"])
         self.inner.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        raise ConfigError("add_param_group() is not supported: wrap the optimizer again")
+        raise ConfigError(
+            "add_param_group() is not supported: add to the plain optimizer and wrap that again"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise ConfigError("a DistributedOptimizer is not pickled or copied: use state_dict()")
 
     # What torch's schedulers, scalers and hooks look at is the wrapped optimizer's own.
 

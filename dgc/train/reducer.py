@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -69,6 +70,7 @@ class Reducer:
         self._unused: set[str] = set()
         self._missing = [len(names) for names in self.names]
         self._started: list[tuple[Handle, list[Row], int, float]] = []
+        self._sent: list[dict[str, int]] = []  # versions of `.grad` when its bucket was started
         self._clip_scale: float | None = None
 
     def _make_patterns(self) -> Patterns | None:
@@ -179,6 +181,8 @@ class Reducer:
         started = time.perf_counter()
         handle = bucket.pattern.start(self.comm, payload)
         self._started.append((handle, rows, payload.nbytes, started))
+        own = [name for name in names if name not in self._given]
+        self._sent.append({name: self._grad(name)._version for name in own})
 
     def _let_enter(
         self, names: Sequence[str], used: Sequence[bool], grads: list[Tensor], rows: list[Row]
@@ -225,6 +229,12 @@ class Reducer:
     def _receive(self, index: int) -> Arrival:
         bucket, names = self.buckets[index], self.names[index]
         handle, rows, payload_bytes, started = self._started[index]
+        for name, version in self._sent[index].items():
+            if self._grad(name)._version != version:
+                raise GradientError(
+                    f"the gradient of {name} was changed between backward() and step(), while it was "
+                    "exchanged: to clip the mean call optimizer.synchronize() first, or give clip_norm"
+                )
         with self._timed("exchange_seconds"), record_function("dgc::exchange"):
             gathered = handle.wait()
         self._count(bucket, payload_bytes, time.perf_counter() - started)
@@ -260,7 +270,15 @@ class Reducer:
         self.stats.under_way_seconds += under_way_seconds - moved.code_seconds
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, and the memory of every parameter by name."""
+        """The step, and the memory of every parameter by name.
+
+        Raises:
+            StateError: gradients are under way, which are in no memory.
+        """
+        if self.pending:
+            raise StateError(
+                "a state between backward() and step() lacks what is sent: step() first"
+            )
         memory = {
             name: {key: state.clone() for key, state in bucket.tensors(index).items()}
             for names, bucket in zip(self.names, self.buckets, strict=True)
@@ -269,11 +287,16 @@ class Reducer:
         return {"step": self.step, "memory": memory}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave.
+        """Restore what `state_dict` gave; `check_state` first."""
+        for names, bucket in zip(self.names, self.buckets, strict=True):
+            for index, name in enumerate(names):
+                for key, tensor in bucket.tensors(index).items():
+                    tensor.copy_(state["memory"][name][key])
+            bucket.restored()
+        self.step = state["step"]
 
-        Raises:
-            StateError: other parameters, shapes or kinds of memory; nothing is changed then.
-        """
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise `StateError` if `state` has other parameters, shapes or kinds of memory."""
         own = self.state_dict()["memory"]
         for name in sorted(own.keys() | state["memory"].keys()):
             found = _kinds(state["memory"].get(name, {}))
@@ -283,12 +306,6 @@ class Reducer:
                     f"the memory of {name} in this state is {found}, here it is {wanted}: load it "
                     "with the model and the compression that wrote it"
                 )
-        for names, bucket in zip(self.names, self.buckets, strict=True):
-            for index, name in enumerate(names):
-                for key, tensor in bucket.tensors(index).items():
-                    tensor.copy_(state["memory"][name][key])
-            bucket.restored()
-        self.step = state["step"]
 
 
 def _kinds(memory: Mapping[str, Tensor]) -> dict[str, str]:
@@ -307,6 +324,9 @@ def plan(params: Mapping[str, Parameter], config: Compression) -> list[tuple[str
     A bucket holds parameters of one device, all compressed or all excluded, and is closed once it
     has `config.bucket_bytes` of fp32 gradient.
     """
+    for pattern in config.exclude if isinstance(config, DGC) else ():
+        if not any(fnmatchcase(name, pattern) for name in params):
+            warnings.warn(f"exclude has {pattern!r}, which no parameter is named by", stacklevel=4)
     closed: list[tuple[str, ...]] = []
     open_: dict[tuple[torch.device, bool], list[str]] = {}
     for name, param in reversed(list(params.items())):

@@ -6,8 +6,8 @@ from typing import Any
 from dgc.comm.base import Communicator
 from dgc.errors import StateError
 
-STATE_VERSION = 2
-KEYS = ("local_momentum", "with_momentum", "second_moments", "updates", "step", "memory")
+STATE_VERSION = 3
+KEYS = ("unit", "local_momentum", "with_momentum", "second_moments", "updates", "step", "memory")
 
 
 def header(comm: Communicator) -> dict[str, int]:

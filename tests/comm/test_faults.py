@@ -32,6 +32,9 @@ class Damaging:
     def __getattr__(self, name: str) -> object:
         return getattr(self.comm, name)
 
+    def duplicate(self) -> "Damaging":
+        return self
+
     def _flip(self, message: Tensor) -> None:
         if self.armed and message.numel():
             message[int(self.place * (message.numel() - 1))] ^= 16

@@ -3,12 +3,18 @@
 import ctypes.util
 import subprocess
 import sys
+import time
+from datetime import timedelta
 
 import pytest
 import torch
 
+import dgc
 from dgc.comm.mpi import is_cuda_aware
+from dgc.comm.torch_dist import TorchCommunicator
+from dgc.errors import CommError
 from tests.launching import ROOT, environment, mpirun, torchrun
+from tests.processes import run_processes
 
 LAUNCHES = [
     (torchrun, 2, "gloo"),
@@ -97,3 +103,31 @@ def test_many_ranks_agree_with_every_pattern(ranks: int) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert f"{ranks} ranks agree" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("launch", "backend", "opened_by"),
+    [(torchrun, "gloo", "dgc"), (torchrun, "gloo", "script"), (mpirun, "mpi", "dgc")],
+)
+def test_optimizers_do_not_take_each_others_messages(launch, backend, opened_by) -> None:  # type: ignore[no-untyped-def]
+    done = launch(2, "tests/ranks/twins.py", backend, opened_by)
+    assert done.returncode == 0, done.stderr
+    assert "each has its own mean" in done.stdout
+
+
+def slow_rank() -> str:
+    """What rank 0 finds when rank 1 comes late, in a group that the script has opened."""
+    with dgc.init(timeout_seconds=0.5) as rt:
+        assert rt.comm.split(0).timeout == timedelta(seconds=0.5)
+        whole = TorchCommunicator()
+        assert whole.split(0).timeout == whole.timeout == timedelta(seconds=60)
+        if rt.rank == 1:
+            time.sleep(3)
+            return ""
+        with pytest.raises(CommError) as found:
+            rt.comm.barrier()
+        return str(found.value)
+
+
+def test_the_time_limit_holds_in_a_group_of_the_script() -> None:
+    assert run_processes(2, {"slow": slow_rank})["slow"][0].lower().count("timed out") == 1

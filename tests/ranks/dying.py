@@ -30,14 +30,14 @@ if rt.rank == 1:
     if how == "hangs":
         time.sleep(HANG_SECONDS)
         os._exit(17)
-    started_gather = rt.comm.all_gather
+    started_gather = optimizer.comm.all_gather
 
     def all_gather(message: Tensor) -> Handle:
         started_gather(message)
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("it is dead")
 
-    rt.comm.all_gather = all_gather  # type: ignore[method-assign]
+    optimizer.comm.all_gather = all_gather  # type: ignore[method-assign]
 started = time.monotonic()
 try:
     train(model, optimizer, range(3, 100))

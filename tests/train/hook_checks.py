@@ -4,6 +4,7 @@ import copy
 import io
 from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -273,6 +274,20 @@ def takes_a_closure() -> None:
     same(*nets)
 
 
+def an_interrupted_step_is_not_saved() -> None:
+    ddp = DDP(Net())
+    sgd = torch.optim.SGD(ddp.parameters(), **SGD)
+    dgc.register(ddp, sgd, CONFIG)
+    ddp(data(0)).sum().backward()
+    with (
+        patch("torch.optim.sgd.sgd", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        sgd.step()
+    (group,) = sgd.state_dict()["param_groups"]
+    assert {key: group[key] for key in SGD} == SGD
+
+
 def refuses() -> None:
     def sgd_of(net: nn.Module) -> torch.optim.SGD:
         return torch.optim.SGD(net.parameters(), **SGD)
@@ -288,6 +303,11 @@ def refuses() -> None:
     ddp = DDP(Net())
     with pytest.raises(ConfigError, match="does not train"):
         dgc.register(ddp, sgd_of(ddp.module.last))
+    ddp = DDP(Net())
+    ddp.module.last.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"exchanges the gradient of last\.weight"):
+        dgc.register(ddp, sgd_of(ddp))
+    ddp = DDP(Net())
     with pytest.raises(ConfigError, match=r"momentum_correction=False"):
         dgc.register(ddp, torch.optim.NAdam(ddp.parameters()))
     optimizer = dgc.DistributedOptimizer(
@@ -311,6 +331,7 @@ CHECKS = [
     skips_together,
     resumes_bit_for_bit,
     takes_a_closure,
+    an_interrupted_step_is_not_saved,
     refuses,
     compiles,
 ]

@@ -69,7 +69,7 @@ def test_resize_refuses_what_does_not_belong_together() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 0}, "version 0, here it is 2"),
+        ({"version": 0}, "version 0, here it is 3"),
         ({"rank": 3}, "rank 3, here it is 0"),
         ({"world_size": 4}, "world_size 4, here it is 1: .*resize"),
         ({"local_momentum": {"other": torch.zeros(1)}}, "momentum for other"),

@@ -1,0 +1,247 @@
+"""What may happen around the training loop: wrapping again, unfreezing, interrupts, bad states."""
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dgc
+from dgc.errors import ConfigError, GradientError, StateError
+from tests.threads import ThreadCommunicator, run_ranks
+
+ALL = dgc.DGC(density=1.0, value_bits=32, momentum_masking=False)
+X = torch.ones(2, 4)
+
+
+def make(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+
+
+def sgd_of(model: nn.Module, **options: float) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.1, **options)  # type: ignore[arg-type]
+
+
+def wrap(
+    model: nn.Module, config: dgc.DGC = ALL, comm: ThreadCommunicator | None = None
+) -> dgc.DistributedOptimizer:
+    sgd = sgd_of(model, momentum=0.9)
+    return dgc.DistributedOptimizer(sgd, model.named_parameters(), config, comm)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(X).square().sum().backward()
+    optimizer.step()
+
+
+def test_frozen_parameters_are_broadcast() -> None:
+    def body(comm: ThreadCommunicator) -> list[Tensor]:
+        model = make(comm.rank)
+        model[0].requires_grad_(False)
+        wrap(model, comm=comm)
+        return [p.detach() for p in model.parameters()]
+
+    for first, second in zip(*run_ranks(2, body), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_ranks_that_freeze_different_parameters_are_told() -> None:
+    def body(comm: ThreadCommunicator) -> None:
+        model = make()
+        model[comm.rank].requires_grad_(False)
+        wrap(model, comm=comm)
+
+    with pytest.raises(ConfigError, match="ranks hold different models"):
+        run_ranks(2, body)
+
+
+def unfreeze(model: nn.Sequential, _: torch.optim.Optimizer) -> None:
+    model[0].requires_grad_(True)
+
+
+def add(model: nn.Sequential, sgd: torch.optim.Optimizer) -> None:
+    model[0].requires_grad_(True)
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    sgd.add_param_group({"params": [model[0].weight]})
+
+
+@pytest.mark.parametrize("change", [unfreeze, add])
+def test_a_parameter_that_is_not_exchanged_is_not_trained(
+    change: Callable[[nn.Sequential, torch.optim.Optimizer], None],
+) -> None:
+    model = make()
+    model[0].requires_grad_(False)
+    optimizer = wrap(model)
+    step(model, optimizer)
+    change(model, optimizer.optimizer)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(GradientError, match=r"of this rank alone.*wrap or register"):
+        step(model, optimizer)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_wrapping_again_trains_what_was_frozen() -> None:
+    model, twin = make(), make()
+    model[0].requires_grad_(False)
+    optimizer = wrap(model)
+    step(model, optimizer)
+    twin.load_state_dict(model.state_dict())
+    model.requires_grad_(True)
+    again = wrap(model)
+    for _ in range(3):
+        step(model, again)
+        if not again.stats()["steps"]:
+            raise AssertionError("nothing was exchanged")
+    plain = sgd_of(twin, momentum=0.9)
+    for _ in range(3):
+        step(twin, plain)
+    for mine, wanted in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, wanted)
+    with pytest.raises(ConfigError, match="made later"):
+        optimizer.step()
+
+
+def test_wrapping_between_backward_and_step_is_refused() -> None:
+    model = make()
+    optimizer = wrap(model)
+    model(X).sum().backward()
+    with pytest.raises(ConfigError, match="between steps"):
+        wrap(model)
+    optimizer.step()
+
+
+def test_a_wrapper_that_is_gone_exchanges_no_more() -> None:
+    model = make()
+    optimizer = wrap(model)
+    step(model, optimizer)
+    del optimizer
+    gc.collect()
+    plain = sgd_of(model)
+    for _ in range(2):
+        step(model, plain)
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_clipping_before_the_mean_has_come_is_refused() -> None:
+    model = make()
+    optimizer = wrap(model)
+    model(X).square().sum().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.raises(GradientError, match=r"changed between backward\(\) and step\(\)"):
+        optimizer.step()
+
+
+def test_a_state_between_backward_and_step_is_refused() -> None:
+    model = make()
+    optimizer = wrap(model)
+    model(X).square().sum().backward()
+    with pytest.raises(StateError, match="lacks what is sent"):
+        optimizer.state_dict()
+    optimizer.step()
+    optimizer.state_dict()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_the_wrapper_is_not_copied(copied: Callable[[object], object]) -> None:
+    with pytest.raises(ConfigError, match="use state_dict"):
+        copied(wrap(make()))
+
+
+CHANGES = [{"fold_lr": True}, {"momentum_correction": False}]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_residuals_of_another_unit_are_refused(kind: type, change: dict[str, bool]) -> None:
+    def state(**changes: bool) -> dgc.DistributedOptimizer:
+        model = make()
+        config = dgc.DGC(density=0.5, **changes)  # type: ignore[arg-type]
+        optimizer = dgc.DistributedOptimizer(
+            kind(model.parameters(), lr=0.1), model.named_parameters(), config
+        )
+        step(model, optimizer)
+        return optimizer
+
+    for one, other in ((state(), state(**change)), (state(**change), state())):
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(StateError):
+            other.load_state_dict(one.state_dict())
+        after = other.state_dict()["memory"]
+        for name, memory in before["memory"].items():
+            assert all(torch.equal(after[name][key], t) for key, t in memory.items())
+
+
+def test_a_state_of_other_groups_changes_nothing() -> None:
+    model = make()
+    groups = [{"params": layer.parameters()} for layer in model]
+    sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    two = dgc.DistributedOptimizer(sgd, model.named_parameters(), dgc.DGC(density=0.5))
+    step(model, two)
+    model = make()
+    one = wrap(model, dgc.DGC(density=0.5))
+    with pytest.raises(StateError, match="parameter groups"):
+        one.load_state_dict(two.state_dict())
+    assert one.state_dict()["step"] == 0
+    assert not any(m["v"].any() for m in one.state_dict()["memory"].values())
+
+
+@pytest.mark.parametrize("order", ["inner last", "inner first"])
+def test_options_of_a_state_that_the_inner_optimizer_loads_count_at_once(order: str) -> None:
+    config = dgc.DGC(density=0.5, fold_lr=True)
+    model, twin = make(), make()
+    optimizer = wrap(model, config)
+    for factor in (1.0, 0.2, 0.2):
+        optimizer.param_groups[0]["lr"] *= factor
+        step(model, optimizer)
+    again = wrap(twin, config)
+    twin.load_state_dict(model.state_dict())
+    state = copy.deepcopy(optimizer.state_dict())
+    if order == "inner first":
+        again.optimizer.load_state_dict(state["optimizer"])
+    again.load_state_dict(state)
+    if order == "inner last":
+        again.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+    step(model, optimizer)
+    step(twin, again)
+    for mine, wanted in zip(twin.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, wanted)
+
+
+def test_dampening_without_momentum_is_none() -> None:
+    model, twin = make(), make()
+    options = {"dampening": 0.5}
+    optimizer = dgc.DistributedOptimizer(sgd_of(model, **options), model.named_parameters(), ALL)
+    plain = sgd_of(twin, **options)
+    for _ in range(3):
+        step(model, optimizer)
+        step(twin, plain)
+    for mine, wanted in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, wanted)
+
+
+@pytest.mark.parametrize("pattern", ["all-gather", "hierarchical", "re-selecting"])
+def test_empty_parameters(pattern: str) -> None:
+    def body(comm: ThreadCommunicator) -> Tensor:
+        model = make()
+        model.register_parameter("none", nn.Parameter(torch.empty(0)))
+        optimizer = wrap(model, dgc.DGC(density=0.5, pattern=pattern), comm)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(X).square().sum() + model.none.sum()).backward()
+            optimizer.step()
+        return model[0].weight.detach()
+
+    first, *others = run_ranks(4, body, per_host=2)
+    assert all(torch.equal(first, each) for each in others)
+
+
+def test_excluded_names() -> None:
+    with pytest.raises(ConfigError, match=r"exclude is .*a tuple of patterns"):
+        dgc.DGC(exclude=["*.bias"])  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match=r"exclude has 'bais'"):
+        wrap(make(), dgc.DGC(exclude=("bais", "*.bias")))
