@@ -136,3 +136,10 @@ def test_without_horovod(monkeypatch: pytest.MonkeyPatch) -> None:
         import_horovod()
     with pytest.raises(MissingPackageError):
         dgc.init("horovod")
+
+
+@needs_horovod
+def test_optimizers_do_not_take_each_others_messages() -> None:
+    done = mpirun(2, "tests/ranks/twins.py", "horovod", "dgc")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "each has its own mean" in done.stdout
