@@ -102,7 +102,11 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders that launch.train wrote")
     parser.add_argument("--out", type=Path, default=Path("out"))
     args = parser.parse_args()
-    runs = {folder.name: read(folder) for folder in args.runs}
+    names = [folder.name for folder in args.runs]
+    runs = {
+        str(folder) if names.count(folder.name) > 1 else folder.name: read(folder)
+        for folder in args.runs
+    }
     print(table(runs))
     for name, lines in runs.items():
         ratio = after_warmup(lines)
