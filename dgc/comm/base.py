@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Sequence
 from typing import Protocol
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -72,6 +73,38 @@ class Communicator(Protocol):
     def close(self) -> None:
         """Free what this communicator opened."""
         ...
+
+
+class Twins:
+    """Duplicates of communicators, each lent to one user at a time."""
+
+    def __init__(self) -> None:
+        self._made: WeakKeyDictionary[Communicator, list[Communicator]] = WeakKeyDictionary()
+        self._free: WeakSet[Communicator] = WeakSet()
+
+    def lend(self, comm: Communicator) -> Communicator:
+        """A duplicate of `comm` that nobody uses; every rank calls it.
+
+        Ranks give back when their garbage collectors run, so one is lent again once it is free on
+        all.
+        """
+        made = self._made.setdefault(comm, [])
+        free = [int(twin in self._free) for twin in made]
+        mine = torch.tensor(free, dtype=torch.uint8, device=comm.device)
+        everywhere = comm.all_gather(mine).wait().all(dim=0).tolist() if made else []
+        for twin, unused in zip(made, everywhere, strict=True):
+            if unused:
+                self._free.remove(twin)
+                return twin
+        twin = comm.duplicate()
+        if twin is not comm:
+            made.append(twin)
+        return twin
+
+    def give_back(self, twin: Communicator) -> None:
+        """It may be lent again; nothing is under way."""
+        if any(twin in made for made in self._made.values()):
+            self._free.add(twin)
 
 
 class Done:

@@ -4,12 +4,13 @@ import hashlib
 import os
 import re
 import sys
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -190,6 +191,7 @@ def init(backend: str = "auto", *, timeout_seconds: float = 600.0) -> Runtime:
 
 
 _current: Communicator | None = None
+_of_torch: tuple[Any, TorchCommunicator] | None = None  # the default group, weakly, and its own
 
 
 def default_communicator() -> Communicator:
@@ -198,10 +200,13 @@ def default_communicator() -> Communicator:
     Raises:
         ConfigError: a launcher started several ranks and none of these was opened.
     """
+    global _of_torch
     if _current is not None:
         return _current
     if dist.is_initialized():
-        return TorchCommunicator()
+        if _of_torch is None or _of_torch[0]() is not dist.group.WORLD:
+            _of_torch = weakref.ref(dist.group.WORLD), TorchCommunicator()
+        return _of_torch[1]
     place = find_place(os.environ)
     if place.world_size > 1:
         raise ConfigError(

@@ -19,7 +19,7 @@ import torch.distributed.nn.functional
 from torch import Tensor
 
 from dgc.comm.base import Communicator, Handle, SelfCommunicator
-from dgc.errors import CommError
+from dgc.errors import CommError, ConfigError
 
 T = TypeVar("T")
 
@@ -124,24 +124,45 @@ class TorchCommunicator:
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
         source = root if self.group is None else dist.get_global_rank(self.group, root)
         group = self.group
-        # A frozen parameter or a buffer may lie on the CPU where nccl exchanges.
-        sent = tensor.to(self.device) if self.device.type == "cuda" else tensor
+        # Bytes, as gloo does not know all dtypes; nccl does not know memory of the CPU.
+        whole = tensor.detach().contiguous()
+        whole = whole.to(self.device) if self.device.type == "cuda" else whole
+        sent = whole.view(-1).view(torch.uint8)
         work = _checked(lambda: dist.broadcast(sent, source, group=group, async_op=True))
         self._pending(work, sent).wait()
-        if sent is not tensor:
-            tensor.copy_(sent)
+        if whole.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(whole)
 
     def barrier(self) -> None:
         work = _checked(lambda: dist.barrier(group=self.group, async_op=True))
         self._pending(work, torch.empty(0)).wait()
 
     def split(self, color: int) -> Communicator:
-        colors = self.all_gather(torch.tensor([color], device=self.device)).wait().view(-1).tolist()
-        members = [self._global_rank(r) for r, c in enumerate(colors) if c == color]
+        known = len(dist.distributed_c10d._world.pg_names)
+        mine = torch.tensor([color, known], device=self.device)
+        rows = self.all_gather(mine).wait().tolist()
+        same = [
+            (self._global_rank(rank), row[1]) for rank, row in enumerate(rows) if row[0] == color
+        ]
+        members = [rank for rank, _ in same]
         if len(members) == 1:
             return SelfCommunicator()
-        # Ranks outside this communicator do not take part.
-        group = dist.new_group(members, timeout=self.timeout, use_local_synchronization=True)
+        # Ranks outside this communicator do not take part; torch then names the group by `known`.
+        apart = len(members) < dist.get_world_size()
+        if apart and len({count for _, count in same}) > 1:
+            raise ConfigError(
+                f"ranks {members} belong to different numbers of process groups, so that torch cannot "
+                "make one of them alone: make the groups that only some are in after dgc's"
+            )
+        backend = None if self.group is None else dist.get_backend(self.group)
+        group = _checked(
+            lambda: dist.new_group(
+                members,
+                timeout=self.timeout,
+                backend=None if backend == "undefined" else backend,
+                use_local_synchronization=apart,
+            )
+        )
         self._parts.append(TorchCommunicator(group))
         return self._parts[-1]
 

@@ -221,10 +221,11 @@ def release(model: nn.Module) -> None:
 
 
 def weights_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Full name → (owning module, own name) of each distinct parameter of two or more dimensions.
+    """Full name → (owning module, own name) of each distinct parameter that is a weight.
 
-    These are what `prune` and `share` act on unless told otherwise: biases and norms are few, and
-    worth their bits. So are gains that are stored as columns, `[n, 1, …]`, such as weight_norm's.
+    That is one of two or more dimensions, the first not being the only one above 1, as in gains that
+    are stored as columns. These are what `prune` and `share` act on unless told otherwise: biases,
+    norms and gains are few, and worth their bits.
 
     Example:
         >>> list(weights_of(nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2))))
@@ -250,7 +251,9 @@ def choose(
     if not isinstance(setting, dict):
         weights = weights_of(model)
         if not weights:
-            raise ConfigError(f"no parameter of two or more dimensions: give {what} by name")
+            raise ConfigError(
+                f"no weights of more than a column (see weights_of): give {what} by name"
+            )
         return {name: (*owner, setting) for name, owner in weights.items()}
     names = dict(model.named_parameters())
     chosen = {}

@@ -269,8 +269,8 @@ def load(model: nn.Module, path: str | Path, *, constrain: bool = False) -> nn.M
     Args:
         model: of the class that was saved; overwritten, its masks and shared values lifted.
         path: the file. Nothing in it is executed, and what is allocated is `model`'s own size.
-        constrain: hold the zeros and shared values of the file's weights, of two dimensions or
-            more, from now on, to train further.
+        constrain: hold the zeros and shared values of the file's weights (those of
+            `dgc.model.weights_of`) from now on, to train further.
 
     Returns:
         `model`.

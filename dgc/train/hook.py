@@ -154,6 +154,11 @@ def _inner_module(model: DistributedDataParallel) -> nn.Module:
 def _check_all_trained(model: DistributedDataParallel, trained: set[nn.Parameter]) -> None:
     exchanged = set(model._module_parameters)  # that needed a gradient when DDP was made
     for name, param in model.module.named_parameters():
+        if param in trained and param not in exchanged:
+            raise ConfigError(
+                f"DDP does not exchange the gradient of {name}, as it was frozen, or to be ignored, when "
+                "DDP was made, but the optimizer trains it: make DistributedDataParallel again"
+            )
         if param in exchanged and param not in trained:
             raise ConfigError(
                 f"DDP exchanges the gradient of {name}, which the optimizer does not train: give "

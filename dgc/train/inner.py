@@ -161,12 +161,16 @@ class InnerStep:
 
     def _refuse_local_gradients(self) -> None:
         exchanged = set(self.params.values())
-        local = [p for p in self._group if p.grad is not None and p not in exchanged]
+        local = [
+            p
+            for p in self._group
+            if p.grad is not None and p not in exchanged and (p.requires_grad or p.grad.any())
+        ]
         if local:
             raise GradientError(
                 f"{len(local)} parameters, the first of shape {tuple(local[0].shape)}, have gradients "
                 "of this rank alone: they were frozen, or not the optimizer's yet, when dgc took it. "
-                "Unfreeze or add first, then wrap or register"
+                "Unfreeze or add first, then wrap or register (or set their .grad to None)"
             )
 
     def after(self) -> None:

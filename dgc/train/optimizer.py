@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dgc.comm.base import Communicator
+from dgc.comm.base import Communicator, Twins
 from dgc.comm.runtime import default_communicator
 from dgc.config import DGC, Compression
 from dgc.errors import ConfigError, GradientError, StateError
@@ -25,6 +25,7 @@ from dgc.train.state import KEYS, check_header, header
 
 # Which wrapper exchanges the gradient of a parameter, as a weak reference.
 _wrappers: Any = WeakIdKeyDictionary()
+_twins = Twins()
 
 
 def _notify(wrapper: "weakref.ref[DistributedOptimizer]", name: str) -> Callable[[Tensor], None]:
@@ -36,9 +37,11 @@ def _notify(wrapper: "weakref.ref[DistributedOptimizer]", name: str) -> Callable
     return notify
 
 
-def _remove(handles: Iterable[RemovableHandle]) -> None:
+def _remove(handles: Iterable[RemovableHandle], reducer: Reducer) -> None:
     for handle in handles:
         handle.remove()
+    if not reducer.pending:
+        _twins.give_back(reducer.comm)
 
 
 class DistributedOptimizer(Optimizer):
@@ -97,10 +100,13 @@ class DistributedOptimizer(Optimizer):
                 "applied twice. Wrap the plain optimizer"
             )
         check_supported(optimizer, config, scaler)
-        # Ranks that use different parameters exchange in different order, so it shares with nobody.
-        self.comm = (comm or default_communicator()).duplicate()
         named = list(named_parameters)
         self.params = named_parameters_of(optimizer, named)
+        earlier = [_wrappers.get(param, lambda: None)() for param in self.params.values()]
+        if any(each is not None and each.reducer.pending for each in earlier):
+            raise ConfigError("wrap between steps: gradients of an earlier wrapper are under way")
+        # Ranks that use different parameters exchange in different order, so it shares with nobody.
+        self.comm = _twins.lend(comm or default_communicator())
         if all(name.startswith("module.") for name in self.params):
             warnings.warn(
                 "all parameters are named module.…, as DistributedDataParallel names them, which "
@@ -117,7 +123,8 @@ class DistributedOptimizer(Optimizer):
         )
         self._syncing, self._synchronized, self._apply = True, False, True
         for tensor in [*every.values(), *(buffer for _, buffer in named_buffers)]:
-            self.comm.broadcast_(tensor.detach())
+            if tensor.layout == torch.strided:
+                self.comm.broadcast_(tensor.detach())
         self._take_over()
 
     def _take_over(self) -> None:
@@ -125,10 +132,6 @@ class DistributedOptimizer(Optimizer):
         for param in self.params.values():
             earlier = _wrappers.get(param, lambda: None)()
             if earlier is not None:
-                if earlier.reducer.pending:
-                    raise ConfigError(
-                        "wrap between steps: gradients of an earlier wrapper are sent"
-                    )
                 earlier._release()
             _wrappers[param] = weakref.ref(self)
         self.guard = Guard(self.params)
@@ -136,7 +139,7 @@ class DistributedOptimizer(Optimizer):
             param.register_post_accumulate_grad_hook(_notify(weakref.ref(self), name))
             for name, param in self.params.items()
         ]
-        self._release = weakref.finalize(self, _remove, [*self.guard.handles, *hooks])
+        self._release = weakref.finalize(self, _remove, [*self.guard.handles, *hooks], self.reducer)
         self._release.atexit = False
 
     def _gradient_ready(self, name: str) -> None:

@@ -70,7 +70,7 @@ class Reducer:
         self._unused: set[str] = set()
         self._missing = [len(names) for names in self.names]
         self._started: list[tuple[Handle, list[Row], int, float]] = []
-        self._sent: list[dict[str, int]] = []  # versions of `.grad` when its bucket was started
+        self._sent: dict[str, int] = {}  # versions of `.grad` when its bucket was started
         self._clip_scale: float | None = None
 
     def _make_patterns(self) -> Patterns | None:
@@ -132,7 +132,15 @@ class Reducer:
         """
         while len(self._started) < len(self.buckets):
             self._start()
+        changed = self._changed()
         arrivals = [self._receive(i) for i in range(len(self.buckets))]
+        if changed:
+            self._drop()
+            raise GradientError(
+                f"the gradient of {changed[0]} was changed between backward() and step(), while it was "
+                "exchanged: to clip the mean call optimizer.synchronize() first, or give clip_norm. "
+                "This step is dropped"
+            )
         finite = all(arrival.finite for arrival in arrivals)
         for names, bucket, arrival in zip(self.names, self.buckets, arrivals, strict=True):
             if finite:
@@ -151,6 +159,26 @@ class Reducer:
         self.stats.steps += 1
         self._count_skips(finite)
         return finite
+
+    def _own(self, name: str) -> Tensor | None:
+        """`.grad`, if a change of it shows: views of one storage have their version in common."""
+        grad = None if name in self._given else self.params[name].grad
+        if grad is None or grad.is_inference() or grad.untyped_storage().nbytes() != grad.nbytes:
+            return None
+        return grad
+
+    def _changed(self) -> list[str]:
+        """The names whose gradient was written to since it was sent."""
+        found = {name: self._own(name) for name in self._sent}
+        return [n for n, g in found.items() if g is not None and g._version != self._sent[n]]
+
+    def _drop(self) -> None:
+        """Give what was sent back to the memory, and forget the gradients."""
+        for bucket in self.buckets:
+            bucket.put_back_()
+        for param in self.params.values():
+            param.grad = None
+        self._begin()
 
     def _count_skips(self, finite: bool) -> None:
         self.stats.skipped_steps += not finite
@@ -181,8 +209,9 @@ class Reducer:
         started = time.perf_counter()
         handle = bucket.pattern.start(self.comm, payload)
         self._started.append((handle, rows, payload.nbytes, started))
-        own = [name for name in names if name not in self._given]
-        self._sent.append({name: self._grad(name)._version for name in own})
+        self._sent |= {
+            name: grad._version for name in names if (grad := self._own(name)) is not None
+        }
 
     def _let_enter(
         self, names: Sequence[str], used: Sequence[bool], grads: list[Tensor], rows: list[Row]
@@ -229,12 +258,6 @@ class Reducer:
     def _receive(self, index: int) -> Arrival:
         bucket, names = self.buckets[index], self.names[index]
         handle, rows, payload_bytes, started = self._started[index]
-        for name, version in self._sent[index].items():
-            if self._grad(name)._version != version:
-                raise GradientError(
-                    f"the gradient of {name} was changed between backward() and step(), while it was "
-                    "exchanged: to clip the mean call optimizer.synchronize() first, or give clip_norm"
-                )
         with self._timed("exchange_seconds"), record_function("dgc::exchange"):
             gathered = handle.wait()
         self._count(bucket, payload_bytes, time.perf_counter() - started)

@@ -303,6 +303,12 @@ def refuses() -> None:
     ddp = DDP(Net())
     with pytest.raises(ConfigError, match="does not train"):
         dgc.register(ddp, sgd_of(ddp.module.last))
+    net = Net()
+    net.last.requires_grad_(False)
+    ddp = DDP(net)
+    net.last.requires_grad_(True)
+    with pytest.raises(ConfigError, match=r"does not exchange the gradient of last\.weight"):
+        dgc.register(ddp, sgd_of(ddp))
     ddp = DDP(Net())
     ddp.module.last.requires_grad_(False)
     with pytest.raises(ConfigError, match=r"exchanges the gradient of last\.weight"):

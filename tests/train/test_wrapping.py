@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,6 +135,43 @@ def test_clipping_before_the_mean_has_come_is_refused() -> None:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     with pytest.raises(GradientError, match=r"changed between backward\(\) and step\(\)"):
         optimizer.step()
+    optimizer.step()  # without gradients
+    optimizer.state_dict()
+    step(model, optimizer)
+    assert optimizer.stats()["steps"] == 2
+
+
+def test_a_step_that_is_dropped_returns_to_the_memory() -> None:
+    model = make()
+    optimizer = wrap(model, dgc.DGC(density=0.1, min_selected=1, value_bits=32))
+    model(X).square().sum().backward()
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.raises(GradientError, match="This step is dropped"):
+        optimizer.step()
+    memory = optimizer.state_dict()["memory"]
+    for name, grad in zip(optimizer.params, before, strict=True):
+        torch.testing.assert_close(memory[name]["v"], grad.flatten())
+
+
+@pytest.mark.parametrize("config", [dgc.Dense(), dgc.DGC(density=0.5, exclude=("1",))])
+def test_gradients_that_are_views_of_one_tensor(config: dgc.DGC | dgc.Dense) -> None:
+    parts = nn.ParameterList([torch.ones(4, 4), torch.ones(4, 4)])
+    optimizer = dgc.DistributedOptimizer(
+        sgd_of(parts), parts.named_parameters(), replace(config, bucket_bytes=1)
+    )
+    nn.functional.linear(X, torch.cat([*parts])).sum().backward()
+    assert parts[0].grad.untyped_storage().data_ptr() == parts[1].grad.untyped_storage().data_ptr()
+    optimizer.step()
+    assert optimizer.stats()["steps"] == 1
+
+
+def test_frozen_parameters_with_old_gradients_of_zero() -> None:
+    model = make()
+    model(X).sum().backward()
+    model.zero_grad(set_to_none=False)
+    model[0].requires_grad_(False)
+    step(model, wrap(model))
 
 
 def test_a_state_between_backward_and_step_is_refused() -> None:
