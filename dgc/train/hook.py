@@ -54,13 +54,24 @@ class HookState(Attached):
         )
         self._waiting.append((future, buffer))
         for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            if param not in self.names:
+                raise self._parted("exchanges", param, "was not trained")
             name = self.names[param]
             self.reducer.ready(name, grad, used=name in used)
         if bucket.is_last():
             self._finish()
         return future
 
+    def _parted(self, does: str, param: Tensor, was: str) -> ConfigError:
+        return ConfigError(
+            f"DDP {does} the gradient of a parameter of shape {tuple(param.shape)}, which {was} when "
+            "dgc.register was called: freeze or unfreeze first, then make DistributedDataParallel "
+            "and register, in this order"
+        )
+
     def _finish(self) -> None:
+        if missing := self.reducer.missing:
+            raise self._parted("does not exchange", self.inner.params[missing[0]], "was trained")
         waiting, self._waiting = self._waiting, []
         self.guard.check()
         self._apply = self.reducer.finish()
@@ -152,14 +163,9 @@ def _inner_module(model: DistributedDataParallel) -> nn.Module:
 
 
 def _check_all_trained(model: DistributedDataParallel, trained: set[nn.Parameter]) -> None:
-    exchanged = set(model._module_parameters)  # that needed a gradient when DDP was made
+    ignored = set(model.parameters_to_ignore)
     for name, param in model.module.named_parameters():
-        if param in trained and param not in exchanged:
-            raise ConfigError(
-                f"DDP does not exchange the gradient of {name}, as it was frozen, or to be ignored, when "
-                "DDP was made, but the optimizer trains it: make DistributedDataParallel again"
-            )
-        if param in exchanged and param not in trained:
+        if param.requires_grad and param not in trained and name not in ignored:
             raise ConfigError(
                 f"DDP exchanges the gradient of {name}, which the optimizer does not train: give "
                 "it to the optimizer, or requires_grad_(False) before DistributedDataParallel"

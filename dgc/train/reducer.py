@@ -94,6 +94,11 @@ class Reducer:
         """Whether gradients of this step are under way."""
         return bool(self._ready)
 
+    @property
+    def missing(self) -> list[str]:
+        """The parameters whose gradient is not complete yet."""
+        return [name for name in self.params if name not in self._ready]
+
     def ready(self, name: str, grad: Tensor | None = None, *, used: bool = True) -> None:
         """The gradient of `name` is complete.
 

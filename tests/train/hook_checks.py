@@ -303,16 +303,6 @@ def refuses() -> None:
     ddp = DDP(Net())
     with pytest.raises(ConfigError, match="does not train"):
         dgc.register(ddp, sgd_of(ddp.module.last))
-    net = Net()
-    net.last.requires_grad_(False)
-    ddp = DDP(net)
-    net.last.requires_grad_(True)
-    with pytest.raises(ConfigError, match=r"does not exchange the gradient of last\.weight"):
-        dgc.register(ddp, sgd_of(ddp))
-    ddp = DDP(Net())
-    ddp.module.last.requires_grad_(False)
-    with pytest.raises(ConfigError, match=r"exchanges the gradient of last\.weight"):
-        dgc.register(ddp, sgd_of(ddp))
     ddp = DDP(Net())
     with pytest.raises(ConfigError, match=r"momentum_correction=False"):
         dgc.register(ddp, torch.optim.NAdam(ddp.parameters()))
@@ -323,6 +313,26 @@ def refuses() -> None:
         dgc.register(ddp, optimizer)
     with pytest.raises(ConfigError, match="different configurations"):
         dgc.register(ddp, sgd_of(ddp), dgc.DGC(density=0.1 / (1 + dist.get_rank())))
+
+
+def frozen_before_ddp_is_left_alone_and_later_refused() -> None:
+    def ddp_of(now: bool, later: bool) -> tuple[DDP, torch.optim.SGD]:
+        net = Net()
+        net.extra.requires_grad_(now)
+        ddp = DDP(net, find_unused_parameters=True)
+        net.extra.requires_grad_(later)
+        sgd = torch.optim.SGD(net.parameters(), **SGD)
+        dgc.register(ddp, sgd, CONFIG)
+        return ddp, sgd
+
+    ddp, sgd = ddp_of(now=False, later=False)
+    ddp(data(0)).sum().backward()
+    sgd.step()
+    assert torch.equal(ddp.module.extra.weight, Net().extra.weight)
+    for now, message in ((True, "DDP exchanges the gradient"), (False, "DDP does not exchange")):
+        ddp, _ = ddp_of(now, later=not now)
+        with pytest.raises(ConfigError, match=message):
+            ddp(data(0)).sum().backward()
 
 
 CHECKS = [
@@ -340,4 +350,5 @@ CHECKS = [
     an_interrupted_step_is_not_saved,
     refuses,
     compiles,
+    frozen_before_ddp_is_left_alone_and_later_refused,
 ]
