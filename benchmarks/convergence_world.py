@@ -71,6 +71,9 @@ class Follower(Reducer):
         super().__init__(leader.params, inner.memory_config, comm, inner.row, enter=inner.enter_)
         self.leader = leader
 
+    def _changed(self) -> list[str]:
+        return []  # all have one `.grad`, which by then is worker 0's
+
     def _receive(self, index: int) -> Arrival:
         return Arrival(self.leader._apply, (True,) * len(self.names[index]))
 
