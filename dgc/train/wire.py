@@ -220,37 +220,12 @@ def decode_batch(message: Tensor, numels: Sequence[int] | None = None) -> Messag
     return Message(batch, header.finite, header.used)
 
 
-def add_mean_(message: Tensor, grads: Sequence[Tensor], scale: float | Sequence[float]) -> Header:
-    """Add `scale` × the values of a message to dense gradients; overwrites `grads`.
-
-    Args:
-        message: uint8, made for tensors with the numels of `grads`.
-        grads: contiguous float32, of any shape.
-        scale: one factor, or one for each tensor.
-
-    Returns:
-        The header. A message that is not finite adds nothing.
-
-    Raises:
-        WireError: not a valid message for `grads`, which are then left as they were.
-
-    Example:
-        >>> message = encode([Sparse(torch.tensor([1]), torch.tensor([6.0]), 3)], 32)
-        >>> grad = torch.ones(3)
-        >>> add_mean_(message, [grad], 0.5).num_values, grad.tolist()
-        (1, [1.0, 4.0, 1.0])
-    """
-    (header,) = _add_([message], grads, scale, overwrite=False)
-    return header
-
-
 def set_mean_(
     messages: Sequence[Tensor] | Tensor, grads: Sequence[Tensor], scale: float | Sequence[float]
 ) -> list[Header]:
     """Set dense gradients to `scale` × the sum of the messages' values; overwrites `grads`.
 
-    The same values as zeroing `grads` and calling `add_mean_` with one message after the other,
-    in one pass over the memory.
+    Messages are added in their order, in one pass over the memory.
 
     Args:
         messages: uint8, each made for tensors with the numels of `grads`; or `[P, bytes]`.
@@ -269,20 +244,10 @@ def set_mean_(
         >>> len(set_mean_([message, message], [grad], 0.5)), grad.tolist()
         (2, [0.0, 6.0, 0.0])
     """
-    if isinstance(messages, Tensor):
-        messages = messages.cpu()  # in one copy
-    return _add_(list(messages), grads, scale, overwrite=True)
-
-
-def _add_(
-    messages: list[Tensor],
-    grads: Sequence[Tensor],
-    scale: float | Sequence[float],
-    *,
-    overwrite: bool,
-) -> list[Header]:
     from dgc.core.kernels import codec_cpu
 
+    if isinstance(messages, Tensor):
+        messages = messages.cpu()  # in one copy
     check_dense(grads)
     numels = tuple(grad.numel() for grad in grads)
     scales = np.empty(len(grads), np.float32)
@@ -293,17 +258,14 @@ def _add_(
         positions = np.concatenate([np.zeros(0, np.int64), *(each.positions for each in decoded)])
         values = np.concatenate([np.zeros(0, np.float32), *(each.values for each in decoded)])
         edges = np.cumsum([0, *(len(each.positions) for each in decoded)])
-        codec_cpu.add_(positions, values, edges, _ends(numels), grads, scales, overwrite)
+        codec_cpu.set_mean_(positions, values, edges, _ends(numels), grads, scales)
     else:
-        _add_on_device_(decoded, grads, scales, overwrite)
+        _set_on_device_(decoded, grads, scales)
     return [each.header for each in decoded]
 
 
-def _add_on_device_(
-    decoded: Sequence["_Decoded"], grads: Sequence[Tensor], scales: Floats, overwrite: bool
-) -> None:
-    if overwrite:
-        torch._foreach_zero_(list(grads))
+def _set_on_device_(decoded: Sequence["_Decoded"], grads: Sequence[Tensor], scales: Floats) -> None:
+    torch._foreach_zero_(list(grads))
     counts, device = [len(each.positions) for each in decoded], grads[0].device
     if sum(counts):
         positions = _upload(np.concatenate([each.positions for each in decoded]), device)

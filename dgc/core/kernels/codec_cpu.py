@@ -83,16 +83,15 @@ def decode(
     return positions, values, counts, Status(status)
 
 
-def add_(
+def set_mean_(
     positions: Ints,
     values: Floats,
     edges: Ints,
     ends: Ints,
     grads: Sequence[Tensor],
     scales: Floats,
-    overwrite: bool,
 ) -> None:
-    """grads[t] (set to zero first, if `overwrite`) += scales[t] · values of message after message.
+    """grads[t] ← scales[t] · the sum of the values of message after message, zero elsewhere.
 
     Args:
         positions, values: `[K]` of all messages, end to end.
@@ -103,8 +102,7 @@ def add_(
     """
     addresses = np.array([grad.data_ptr() for grad in grads], np.int64)
     work = int(ends[-1]) if len(ends) else 0
-    loop = set_mean if overwrite else scatter_add
-    in_parts(loop, (positions, values, edges, ends, addresses, scales), work, MIN_PART)
+    in_parts(set_mean, (positions, values, edges, ends, addresses, scales), work, MIN_PART)
 
 
 def each(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
@@ -278,37 +276,6 @@ def _decode_values(codes: Any, parameters: Any, counts: Any, value_bits: Any, va
 
 
 @kernel
-def scatter_add(
-    positions: Any,
-    values: Any,
-    edges: Any,
-    ends: Any,
-    addresses: Any,
-    scales: Any,
-    lo: Any,
-    hi: Any,
-) -> None:
-    """grads[t] += scales[t] · values, in the order of the messages, for positions in [lo, hi).
-
-    Message p has positions[edges[p] : edges[p + 1]]; `addresses` are those of the contiguous
-    float32 tensors that end at `ends`.
-    """
-    for p in range(edges.size - 1):
-        j, stop = edges[p], edges[p + 1]
-        j += np.searchsorted(positions[j:stop], lo)
-        t = np.searchsorted(ends, lo, side="right")
-        while j < stop and positions[j] < hi:
-            while positions[j] >= ends[t]:
-                t += 1
-            start = np.int64(0) if t == 0 else ends[t - 1]
-            grad = tensor_at(addresses[t], 0, ends[t] - start)
-            last = min(hi, ends[t])
-            while j < stop and positions[j] < last:
-                grad[positions[j] - start] += scales[t] * values[j]
-                j += 1
-
-
-@kernel
 def set_mean(
     positions: Any,
     values: Any,
@@ -319,7 +286,12 @@ def set_mean(
     lo: Any,
     hi: Any,
 ) -> None:
-    """As `scatter_add`, into gradients that are set to zero first, block by block."""
+    """grads[t] ← scales[t] · values, in the order of the messages, for positions in [lo, hi).
+
+    Block by block, so that what is added to was just set to zero. Message p has
+    positions[edges[p] : edges[p + 1]]; `addresses` are those of the contiguous float32 tensors that
+    end at `ends`.
+    """
     cursors = edges[:-1].copy()
     for p in range(cursors.size):
         cursors[p] += np.searchsorted(positions[edges[p] : edges[p + 1]], lo)
