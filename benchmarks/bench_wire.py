@@ -24,8 +24,9 @@ from dgc.core.kernels import codec_torch
 from dgc.core.kernels.codec_reference import dequantize, quantize
 from dgc.core.quantize import VALUE_BITS
 from dgc.core.rice import rice_code
+from dgc.core.varint import varint
 from dgc.train import wire
-from dgc.train.frame import CHECKSUM_BYTES, frame_head, max_frame_bytes, varint
+from dgc.train.frame import CHECKSUM_BYTES, frame_head, max_frame_bytes
 
 NUMEL = 25_557_032
 BUCKET_BYTES = 25 << 20

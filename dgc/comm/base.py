@@ -1,12 +1,17 @@
 """What the library asks of a communication backend, and the world of one that needs none."""
 
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
+
+from dgc.errors import CommError
+
+_POLL_SECONDS = 50e-6
 
 
 class Handle(Protocol):
@@ -105,6 +110,23 @@ class Twins:
         """It may be lent again; nothing is under way."""
         if any(twin in made for made in self._made.values()):
             self._free.add(twin)
+
+
+def poll(done: Callable[[], bool], timeout_seconds: float) -> None:
+    """Return once a collective is `done`, for backends that wait for ever for a rank that died.
+
+    Raises:
+        CommError: it took longer than `timeout_seconds`.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while not done():
+        if time.monotonic() > deadline:
+            raise CommError(
+                f"a collective did not end within {timeout_seconds:.0f} s: another rank has "
+                "probably died or is stuck. Restart all ranks from the last checkpoint, or raise "
+                "timeout_seconds in dgc.init if a step takes that long"
+            )
+        time.sleep(_POLL_SECONDS)
 
 
 class Done:

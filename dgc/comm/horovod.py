@@ -1,7 +1,6 @@
 """`Communicator` over Horovod's own communication, whichever of MPI, Gloo and NCCL it runs on."""
 
 import socket
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -9,10 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dgc.comm.base import Communicator, Handle, SelfCommunicator
+from dgc.comm.base import Communicator, Handle, SelfCommunicator, poll
 from dgc.errors import CommError, ConfigError, MissingPackageError
 
-_POLL_SECONDS = 50e-6
 # Horovod has no bf16; 16-bit floats are summed as fp32, as over MPI.
 _SUMMED_AS = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 # Names recur, so that Horovod's cache of negotiated collectives serves all steps but the first.
@@ -94,15 +92,7 @@ class HorovodCommunicator:
         Raises:
             CommError: the collective failed, or took too long.
         """
-        deadline = time.monotonic() + self.timeout_seconds
-        while not self.hvd.poll(handle):
-            if time.monotonic() > deadline:
-                raise CommError(
-                    f"a collective did not end within {self.timeout_seconds:.0f} s: another rank "
-                    "has probably died or is stuck. Restart all ranks from the last checkpoint, or "
-                    "raise timeout_seconds in dgc.init if a step takes that long"
-                )
-            time.sleep(_POLL_SECONDS)
+        poll(lambda: self.hvd.poll(handle), self.timeout_seconds)
         return _checked(lambda: self.hvd.synchronize(handle))
 
     def _start(

@@ -4,17 +4,15 @@ MPI reads and writes GPU memory where it says it can; else CUDA tensors are stag
 """
 
 import ctypes
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dgc.comm.base import Communicator, Handle
-from dgc.errors import CommError, ConfigError, MissingPackageError
+from dgc.comm.base import Communicator, Handle, poll
+from dgc.errors import ConfigError, MissingPackageError
 
-_POLL_SECONDS = 50e-6
 # 16-bit floats have no MPI sum: they travel as fp32.
 _SUMMED_AS = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
@@ -55,15 +53,7 @@ class _Pending:
         self.result, self.like, self.timeout = result, like, timeout
 
     def wait(self) -> Tensor:
-        deadline = time.monotonic() + self.timeout
-        while not self.request.Test():
-            if time.monotonic() > deadline:
-                raise CommError(
-                    f"a collective did not end within {self.timeout:.0f} s: another rank has "
-                    "probably died or is stuck. Restart all ranks from the last checkpoint, or "
-                    "raise timeout_seconds in dgc.init if a step takes that long"
-                )
-            time.sleep(_POLL_SECONDS)
+        poll(self.request.Test, self.timeout)
         self.kept = ()
         return self.result.to(self.like.device, self.like.dtype, non_blocking=True)
 

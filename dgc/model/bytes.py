@@ -1,20 +1,6 @@
-"""Bounded reading of untrusted bytes, and variable-length integers."""
+"""Bounded reading of untrusted bytes."""
 
 from dgc.errors import FileError
-
-
-def varint(value: int) -> bytes:
-    """LEB128: seven bits a byte, least significant first, the top bit set on all but the last.
-
-    Example:
-        >>> varint(300).hex(), Reader(varint(300)).varint()
-        ('ac02', 300)
-    """
-    out = b""
-    while value > 127:
-        out += bytes([value & 127 | 128])
-        value >>= 7
-    return out + bytes([value])
 
 
 class Reader:

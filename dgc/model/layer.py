@@ -13,8 +13,9 @@ from torch import Tensor
 from dgc.core import entropy
 from dgc.core.blocks import Blocks, best_blocks, decode_blocks, encode_blocks
 from dgc.core.codebook import lookup
+from dgc.core.varint import varint
 from dgc.errors import FileError
-from dgc.model.bytes import Reader, varint
+from dgc.model.bytes import Reader
 from dgc.model.gaps import best_gap_bits, gaps_of, places_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

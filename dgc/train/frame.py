@@ -16,6 +16,7 @@ from dgc.core.pack import (
 )
 from dgc.core.quantize import VALUE_BITS, check_value_bits, parameter_bytes
 from dgc.core.rice import MAX_LOW_BITS, low_bits_of, rice_bytes
+from dgc.core.varint import varint
 from dgc.errors import ConfigError, WireError
 
 MAGIC = b"DGC"
@@ -237,20 +238,6 @@ def _sections(header: Header, at: int, end: int) -> Sections:
 @lru_cache(maxsize=1024)
 def _tables(numels: tuple[int, ...]) -> bytes:
     return varint(len(numels)) + b"".join(map(varint, numels))
-
-
-def varint(number: int) -> bytes:
-    """LEB128: seven bits a byte, lowest first, the top bit set on all but the last.
-
-    Example:
-        >>> varint(300).hex()
-        'ac02'
-    """
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*out, number])
 
 
 def read_varint(data: bytes, at: int, what: str) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from dgc.errors import ConfigError, GradientError, StateError
 from dgc.train.agree import check_agreement, named_parameters_of
 from dgc.train.attached import Attached
 from dgc.train.inner import InnerStep, check_supported
+from dgc.train.momentum import local
 from dgc.train.reducer import Reducer
 
 
@@ -44,7 +45,7 @@ class Fsdp2State(Attached):
         self.comm = TorchCommunicator(group)
         self.params = params
         # The reducer sees this rank's shards alone.
-        shards = {name: Parameter(_local(p).detach()) for name, p in params.items()}
+        shards = {name: Parameter(local(p).detach()) for name, p in params.items()}
         check_agreement(shards, config.describe(), self.comm)
         for shard in shards.values():
             self.comm.broadcast_(shard.detach())
@@ -68,7 +69,7 @@ class Fsdp2State(Attached):
     def _before_backward(self, _: Tensor) -> None:
         delivered, self._delivered = self._delivered, False
         if delivered and any(
-            p.grad is not None and bool(_local(p.grad).any()) for p in self.params.values()
+            p.grad is not None and bool(local(p.grad).any()) for p in self.params.values()
         ):
             raise GradientError(
                 "a backward pass would add to gradients that already hold the mean of the step "
@@ -87,7 +88,7 @@ class Fsdp2State(Attached):
         self._queued = False
         shards = self.reducer.params
         for name, param in self.params.items():
-            shards[name].grad = None if param.grad is None else _local(param.grad)
+            shards[name].grad = None if param.grad is None else local(param.grad)
         self._spread_nonfinite()
         self._apply = self.reducer.finish()
         self.inner.exchanged()
@@ -107,7 +108,7 @@ class Fsdp2State(Attached):
     def state_dict(self) -> dict[str, Any]:
         """This rank's memory of its own shards: plain tensors, numbers, strings."""
         state = super().state_dict()
-        momentum = {name: _local(b) for name, b in state["local_momentum"].items()}
+        momentum = {name: local(b) for name, b in state["local_momentum"].items()}
         return {**state, "local_momentum": momentum, "shard": self._shards.rank}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -217,15 +218,10 @@ def _mesh(params: Mapping[str, Any]) -> Any:
     return next(iter(params.values())).device_mesh
 
 
-def _local(tensor: Any) -> Tensor:
-    local: Tensor = tensor.to_local()
-    return local
-
-
-def _like(local: Tensor, param: Any) -> Any:
+def _like(part: Tensor, param: Any) -> Any:
     """This rank's part, as a DTensor laid out as `param`."""
     return DTensor.from_local(
-        local,
+        part,
         param.device_mesh,
         param.placements,
         run_check=False,

@@ -14,10 +14,11 @@ from benchmarks.fuzz_wire import mutate, seal
 from dgc.core import Sparse, SparseBatch, kernels
 from dgc.core.quantize import VALUE_BITS
 from dgc.core.rice import rice_code
+from dgc.core.varint import varint
 from dgc.errors import ConfigError, WireError
 from dgc.train import arrive, wire
 from dgc.train.arrive import Expected
-from dgc.train.frame import read_frame, varint
+from dgc.train.frame import read_frame
 from dgc.train.recorded import Receiver, Recorder
 from dgc.train.step import Arrival
 from tests.core.on_device import DEVICE

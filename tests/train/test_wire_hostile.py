@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from benchmarks.fuzz_wire import ALLOCATION_FACTOR, ALLOCATION_FIXED, check, mutate, seal, seeds
 from dgc.core import Sparse
+from dgc.core.varint import varint
 from dgc.errors import WireError
 from dgc.train import wire
-from dgc.train.frame import varint
 
 
 def tensor_of(data: bytes) -> torch.Tensor:
