@@ -86,8 +86,10 @@ def _add_compress(commands: Any) -> None:
 def _compress(options: argparse.Namespace) -> None:
     from dgc import model as compression
     from dgc.model.bag import module_of, without_constraints
+    from dgc.model.container import check_target
     from dgc.model.file import checked
 
+    check_target(options.out)
     model = module_of(checked(without_constraints(_read_safetensors(options.state))))
     if options.density != 1:
         compression.prune(model, options.density, scope=options.scope)
@@ -99,6 +101,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no regular file: give a safetensors file")
     try:
         return dict(load_file(path))
     except SafetensorError as error:

@@ -89,6 +89,10 @@ def test_the_state_of_a_pruned_and_shared_model(tmp_path: Path) -> None:
         (["inspect", "{state}"], "not a compressed model"),
         (["inspect", "{missing}"], "No such file"),
         (["compress", "{junk}", "{out}"], "not a safetensors file"),
+        (["compress", "{folder}", "{out}"], "{folder} is no regular file"),
+        (["compress", "{missing}", "{folder}"], "'{folder}' is a folder"),
+        (["compress", "{missing}", "."], "'.' is a folder"),
+        (["compress", "{missing}", "{missing}/out"], "'{missing}/out' lies in no folder"),
         (["compress", "{state}", "{out}", "--bits", "9"], "give 1 to 8"),
         (["compress", "{state}", "{out}", "--density", "0"], "give a number in (0, 1]"),
         (["compress", "{state}", "{out}", "--density", "1.5"], "give a number in (0, 1]"),
@@ -112,13 +116,14 @@ def test_faults_are_one_line(
     weight[3, 3] = torch.nan
     save_file({"fc.weight": weight}, tmp_path / "nan")
     names = {"state": state, "missing": tmp_path / "no", "junk": junk, "out": tmp_path / "o"}
-    names |= {name: tmp_path / name for name in ("fp8", "nan")}
+    names |= {name: tmp_path / name for name in ("fp8", "nan")} | {"folder": tmp_path}
     assert main([a.format(**names) for a in arguments]) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"dgc {arguments[0]}: ")
-    assert message in said
+    assert message.format(**names) in said
     assert said.count("\n") == 1
     assert not (tmp_path / "o").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_missing_packages_are_named(

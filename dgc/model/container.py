@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dgc.errors import FileError
+from dgc.errors import ConfigError, FileError
 
 MAX_HEADER_BYTES = 100_000_000
 """As in safetensors itself."""
@@ -144,12 +145,37 @@ def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in value)
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a sibling, flush it to disk and rename it: `path` is the old file or the whole new."""
-    path = Path(path)
+def check_target(path: str | Path) -> None:
+    """Refuse a `path` that no file can be written to; called before the work is done."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise ConfigError(f"{str(path)!r} is a folder: give the path of a file to write")
+    if not (Path(path).exists() or target.parent.is_dir()):
+        raise ConfigError(f"{str(path)!r} lies in no folder: make {str(target.parent)!r} first")
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    """Write a sibling, flush it to disk and rename it: `path` is the old file or the whole new.
+
+    Links are followed and the mode of an old file is kept. What exists and is no regular file, such
+    as a device or a pipe, is written to as it is.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = None
+    if mode is None or stat.S_ISREG(mode):
+        _replace(Path(os.path.realpath(path)), data, mode)
+    else:
+        Path(path).write_bytes(data)
+
+
+def _replace(path: Path, data: bytes, mode: int | None) -> None:
     sibling = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(sibling, "xb") as file:
+            if mode is not None:
+                os.chmod(sibling, stat.S_IMODE(mode))  # before there is anything to read
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

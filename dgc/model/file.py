@@ -43,7 +43,8 @@ def save(
     Args:
         model: its `state_dict` is saved; it is not changed, but for pruned or shared weights that
             an unusual optimizer moved, which are first put back in place.
-        path: written to a sibling that is then renamed.
+        path: written to a sibling that is then renamed; links are followed, devices and pipes
+            written to as they are.
         coder: `"ans"`, or `"huffman"` as in the paper (larger).
         half: store biases, norms, floating buffers and codebooks in 16 bits.
 
@@ -51,7 +52,8 @@ def save(
         A table, to print; `.file_bytes` is the size of the file.
 
     Raises:
-        ConfigError: if the coder is unknown or the model's state holds what a file cannot.
+        ConfigError: if the coder is unknown, the path a folder or in none, or the model's state holds
+            what a file cannot.
 
     Example:
         >>> import tempfile, dgc.model
@@ -80,6 +82,7 @@ def save_state(
     """`save`, of a state dict."""
     if coder not in CODERS:
         raise ConfigError(f"coder is {coder!r}: one of {sorted(CODERS)}")
+    container.check_target(path)
     own, tied = _untie(checked(state))
     layers = {name: layer for name, t in own.items() if (layer := to_layer(t, half)) is not None}
     records = dict(zip(layers, encode_layers(list(layers.values()), coder), strict=True))
@@ -90,7 +93,7 @@ def save_state(
     if any(e.dtype == "F16" for e in entries.values()) and widen:
         metadata["widen"] = "F32"
     raw = container.pack(entries, metadata)
-    container.write_atomically(path, raw)
+    container.write_file(path, raw)
     return _report(own, layers, entries, len(raw))
 
 
@@ -359,10 +362,11 @@ def export(path: str | Path, out: str | Path, *, max_bytes: int | None = None) -
 
     Args:
         path: what `save` wrote.
-        out: written to a sibling that is then renamed. Tied tensors are written once a name.
+        out: written as by `save`. Tied tensors are written once a name.
         max_bytes: as in `read_state`.
     """
     from safetensors.torch import save as to_bytes
 
+    container.check_target(out)
     state = {n: t.clone().contiguous() for n, t in read_state(path, max_bytes=max_bytes).items()}
-    container.write_atomically(out, to_bytes(state))
+    container.write_file(out, to_bytes(state))
