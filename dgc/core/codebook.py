@@ -25,7 +25,8 @@ def kmeans_levels(values: Tensor, k: int) -> Tensor:
     Globally optimal, by dynamic programming over the sorted values, up to `EXACT_WORK`.
 
     Args:
-        values: floating point, any shape, at least one.
+        values: floating point, any shape, at least one; float64 is handled as such, anything else
+            in 32 bits.
         k: at least 1.
 
     Example:
@@ -34,7 +35,8 @@ def kmeans_levels(values: Tensor, k: int) -> Tensor:
 
     Source: Wu, *Optimal Quantization by Matrix Searching*, J. Algorithms 1991.
     """
-    flat = values.detach().reshape(-1).to("cpu", torch.float32)
+    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+    flat = values.detach().reshape(-1).to("cpu", wide)
     distinct = flat.unique() if flat.numel() <= CHUNK else flat
     if distinct.numel() <= k:
         return distinct.double()
@@ -139,8 +141,22 @@ def nearest(values: Tensor, levels: Tensor) -> Tensor:
     return _cut(values, (levels[1:] + levels[:-1]) / 2, torch.arange(levels.numel()))
 
 
+def places(values: Tensor, levels: Tensor) -> Tensor:
+    """Index of the level equal to each value, uint8, shaped as `values`.
+
+    Args:
+        values: each one of the levels.
+        levels: ascending, at most 256.
+
+    Example:
+        >>> places(torch.tensor([0.5, -3.0]), torch.tensor([-3.0, 0.0, 0.5])).tolist()
+        [2, 0]
+    """
+    return _cut(values, levels.double(), torch.arange(levels.numel()))
+
+
 def _cut(values: Tensor, thresholds: Tensor, labels: Tensor) -> Tensor:
-    """`labels[j]` where the value lies between thresholds j − 1 and j; a little memory at a time."""
+    """`labels[j]` where threshold j − 1 < value ≤ threshold j; a little memory at a time."""
     flat = values.detach().reshape(-1)
     thresholds, labels = thresholds.to(values.device), labels.to(values.device, torch.uint8)
     out = torch.empty(flat.numel(), dtype=torch.uint8, device=values.device)

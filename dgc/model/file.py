@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dgc.core.codebook import CHUNK, lookup, nearest
+from dgc.core.codebook import CHUNK, lookup, places
 from dgc.core.entropy import count_symbols
 from dgc.errors import ConfigError, FileError, StateError
 from dgc.model import container, report
@@ -173,7 +173,7 @@ def _shared_layer(tensor: Tensor, levels: Tensor, half: bool) -> Layer:
     """Codes in order of falling frequency, so that layers' tables resemble each other."""
     values = torch.cat([levels[levels < 0], levels.new_zeros(1), levels[levels > 0]])
     flat = tensor.detach().reshape(-1)
-    place = nearest(flat, values.double())
+    place = places(flat, values)
     counts = torch.tensor(count_symbols(place, values.numel()))
     zero = int((levels < 0).sum())
     counts[zero] = flat.numel() + 1  # code 0, however rare

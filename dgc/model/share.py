@@ -3,6 +3,7 @@
 Source: Han, Mao, Dally, *Deep Compression*, arXiv 1510.00149, section 3.
 """
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -146,6 +147,9 @@ def quantise(weight: Tensor, bits: int, init: str, penalty: float) -> tuple[Tens
     codes = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
     table = torch.zeros(256, dtype=torch.float64, device=weight.device)
     if values.numel():
+        scale = _scale(values) if values.dtype == torch.float64 else 1.0
+        if scale != 1.0:
+            values = values / scale
         start = STARTS[init](values, 2**bits - 1)
         # The value zero is code 0: a level for kept weights whose mean it is lies beside it.
         tiny = torch.finfo(torch.float32).tiny
@@ -153,5 +157,11 @@ def quantise(weight: Tensor, bits: int, init: str, penalty: float) -> tuple[Tens
         zeros = weight.numel() - values.numel()
         levels, chosen = codebook.entropy_codes(values.cpu(), start, zeros, penalty)
         codes.masked_scatter_(weight != 0, chosen.to(weight.device))
-        table[1 : 1 + levels.numel()] = levels.to(weight.device)
+        table[1 : 1 + levels.numel()] = levels.to(weight.device) * scale
     return codes, table
+
+
+def _scale(values: Tensor) -> float:
+    """A power of two that brings `values` to about 1 at most, so that squares stay in range."""
+    exponent = math.frexp(max(abs(float(end)) for end in values.aminmax()))[1]
+    return 2.0 ** max(-1000, min(1000, exponent))

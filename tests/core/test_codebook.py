@@ -96,3 +96,17 @@ def test_penalised_search_ends_where_neither_step_helps() -> None:
     price = 0.01 * float(values.double().square().mean())
     full = torch.cat([levels.new_zeros(1), levels])
     assert torch.equal(codebook.penalised(values, full, bits, price), codes)
+
+
+@pytest.mark.parametrize("levels", [[0.3, 0.1 + 0.2, 1.0], [-1.7e308, 0.0, 1e308, 1.7e308]])
+def test_places_tell_neighbours_and_the_largest_apart(levels: list[float]) -> None:
+    table = torch.tensor(levels, dtype=torch.float64)
+    for dtype in (torch.float64, torch.bfloat16):
+        own = table.to(dtype).unique()
+        values = own[torch.arange(40) % own.numel()].view(5, 8)
+        assert torch.equal(codebook.lookup(codebook.places(values, own), own), values)
+
+
+def test_kmeans_keeps_few_values_of_64_bits() -> None:
+    values = torch.tensor([0.3, 0.1 + 0.2, 1e300], dtype=torch.float64)
+    assert torch.equal(codebook.kmeans_levels(values.repeat(3), 3), values)

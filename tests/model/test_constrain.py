@@ -245,6 +245,20 @@ def test_shared_values_are_means_in_any_precision(dtype: torch.dtype) -> None:
     assert layer.state_dict()["weight"].unique().tolist() == [1.0]
 
 
+@pytest.mark.parametrize("init", ["kmeans", "linear", "density"])
+@pytest.mark.parametrize("penalty", [0.0, 0.01])
+def test_sharing_does_not_depend_on_the_scale_of_64_bits(init: str, penalty: float) -> None:
+    weight = torch.randn(20, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    shared = []
+    for exponent in (0, -900, 150, 1000):
+        layer = nn.Linear(30, 20, bias=False, dtype=torch.float64)
+        layer.weight.data = weight * 2.0**exponent
+        share(layer, 3, init=init, penalty=penalty)
+        shared.append(layer.weight.detach() / 2.0**exponent)
+    assert all(torch.equal(other, shared[0]) for other in shared)
+    assert (shared[0] - weight).norm() < 0.4 * weight.norm()
+
+
 def test_levels_that_are_zero_stay_apart_from_the_pruned() -> None:
     layer = nn.Linear(4, 1, bias=False)
     layer.weight.data.copy_(torch.tensor([[1.0, -1.0, 0.1, -0.1]]))

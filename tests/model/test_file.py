@@ -262,6 +262,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     [
         torch.full((9, 9), float("nan")),
         torch.tensor([0.0, float("inf"), float("nan"), -0.5] * 30).view(10, 12),
+        torch.tensor([0.3, 0.1 + 0.2, 1e308, 1.7e308], dtype=torch.float64).repeat(30),
         torch.zeros(20, 20),
         torch.zeros(0, 3),
         torch.tensor(3),
