@@ -82,7 +82,7 @@ def prune(
         if not 0 < share <= 1:
             raise ConfigError(f"density of {name} is {share}: give a number in (0, 1]")
     for module, own, _ in chosen.values():
-        _refuse_unmaskable(module, own)
+        refuse_unmaskable(module, own)
     by_name = structure if isinstance(structure, dict) else dict.fromkeys(chosen, structure)
     gammas = {n: gamma for n, (_, _, gamma) in choose(model, by_name, "structure").items()}
     for name, gamma in gammas.items():
@@ -129,14 +129,15 @@ def _global_masks(weights: dict[str, Tensor], density: float) -> dict[str, Tenso
 
 def apply_mask(module: nn.Module, name: str, kept: Tensor) -> None:
     """Hold `module`'s parameter `name` at zero wherever bool `kept` is false, or was before."""
-    _refuse_unmaskable(module, name)
+    refuse_unmaskable(module, name)
     earlier = constraint_of(module, name)
     if earlier is not None:
         kept = kept & earlier.buffer(module)
     Mask(name).install(module, kept.clone())
 
 
-def _refuse_unmaskable(module: nn.Module, name: str) -> None:
+def refuse_unmaskable(module: nn.Module, name: str) -> None:
+    """Raise a `ConfigError` if `module`'s parameter `name` has shared values or no name for a mask."""
     earlier = constraint_of(module, name)
     if earlier is not None and not isinstance(earlier, Mask):
         raise ConfigError(f"{name} already has shared values: prune before share, or release first")
@@ -170,7 +171,7 @@ def prune_by_std(model: Model, quality: float | dict[str, float]) -> Model:
         if not share >= 0:
             raise ConfigError(f"quality of {name} is {share}: give 0 or more")
         refuse_non_finite(module, own, name)
-        _refuse_unmaskable(module, own)
+        refuse_unmaskable(module, own)
     for module, own, share in chosen.values():
         weight = module.get_parameter(own).detach()
         earlier = constraint_of(module, own)

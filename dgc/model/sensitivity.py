@@ -15,12 +15,16 @@ from dgc.errors import ConfigError
 from dgc.model.constrain import weights_of
 from dgc.model.picture import line_picture
 from dgc.model.progress import bar
+from dgc.model.prune import refuse_unmaskable
 
 Model = TypeVar("Model", bound=nn.Module)
 
 LEAST_SHARE = 0.01
 """A layer that showed no loss is taken to mind a hundredth as much as the one that minds most."""
 LEAST_DENSITY = 0.002
+BROKEN = 1e24
+"""A layer that made a score nan or infinite minds this many times as much as the worst other, so it
+is kept dense before any other gets more than the least."""
 
 
 class Sensitivity(dict[str, float]):
@@ -48,7 +52,8 @@ class Sensitivity(dict[str, float]):
         """Densities that spend `budget`, a share of all weights, where the loss is least.
 
         A layer's loss at density d is modelled as s·(1/d − 1), with s fitted to its scores. The
-        total over layers is least, for Σ n·d = budget·Σ n, at d ∝ sqrt(s / n), at most 1.
+        total over layers is least, for Σ n·d = budget·Σ n, at d ∝ sqrt(s / n), at most 1. A layer
+        with a score that is nan or infinite stays dense as far as the budget allows.
 
         Args:
             budget: total density, in (0, 1].
@@ -76,8 +81,11 @@ class Sensitivity(dict[str, float]):
             name: sum(max(0.0, self.baseline - score) for score in by_density.values())
             / sum(1 / d - 1 for d in by_density)
             for name, by_density in self.scores.items()
+            if all(map(math.isfinite, by_density.values()))
         }
-        floor = LEAST_SHARE * max(losses.values()) or 1.0
+        most = max(losses.values(), default=0.0) or 1.0
+        losses |= {name: BROKEN * most for name in self.scores if name not in losses}
+        floor = LEAST_SHARE * most
         return {n: math.sqrt(max(loss, floor) / self.numels[n]) for n, loss in losses.items()}
 
     def plot(self, path: str | Path) -> None:
@@ -106,7 +114,8 @@ def sensitivity(
 
     Args:
         model: left as it was.
-        evaluate: model → score, larger is better; accuracy on held-out data, say.
+        evaluate: model → score, larger is better; accuracy on held-out data, say. Of a pruned layer
+            nan or infinity is taken as the worst there is.
         density: one, or several, in (0, 1).
         budget: total density of the chosen densities.
         progress: show a bar.
@@ -115,7 +124,8 @@ def sensitivity(
         A dict of densities for `prune`, with the scores, `.plot(path)` and `.allocate(budget)`.
 
     Raises:
-        ConfigError: if a density is out of range or the model has no weights.
+        ConfigError: if a density is out of range, the model has no weights or a shared one, or the
+            score without pruning is not finite.
 
     Example:
         >>> import torch
@@ -128,10 +138,14 @@ def sensitivity(
         [[3.0, 1.0]]
     """
     steps = list(density) if isinstance(density, Sequence) else [density]
-    weights = weights_of(model)
+    weights = {n: at for n, at in weights_of(model).items() if at[0].get_parameter(at[1]).numel()}
     if not steps or not all(0 < d < 1 for d in steps) or not weights:
         raise ConfigError(f"densities {steps} of {len(weights)} weights: give some in (0, 1)")
+    for module, own in weights.values():
+        refuse_unmaskable(module, own)
     baseline = float(evaluate(model))
+    if not math.isfinite(baseline):
+        raise ConfigError(f"evaluate gives {baseline} for the model as it is: give a finite score")
     scores: dict[str, dict[float, float]] = {name: {} for name in weights}
     for name, step in bar([(n, d) for n in weights for d in steps], "sensitivity", progress):
         module, own = weights[name]

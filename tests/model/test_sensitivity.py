@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dgc.errors import ConfigError
-from dgc.model import Sensitivity, densities, prune, sensitivity
+from dgc.model import Sensitivity, densities, prune, sensitivity, share
 
 
 def make() -> nn.Sequential:
@@ -81,7 +81,32 @@ def test_the_budget_is_met_and_no_exchange_helps(
     assert all(r == pytest.approx(ratios[0], rel=1e-6) for r in ratios)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_layer_that_breaks_the_model_is_kept_dense(bad: float) -> None:
+    model = make()
+
+    def evaluate(m: nn.Module) -> float:
+        return bad if densities(m)["2.weight"] < 0.2 else 90 - densities(m)["0.weight"]
+
+    found = sensitivity(model, evaluate, density=[0.5, 0.1], budget=0.4)
+    assert found == {"0.weight": pytest.approx(0.25), "2.weight": 1.0}
+    assert found.allocate(0.1)["0.weight"] == pytest.approx(0.002)
+    found = Sensitivity(1.0, {"a": {0.5: bad}, "b": {0.5: bad}}, {"a": 100, "b": 100}, 0.3)
+    assert found == pytest.approx({"a": 0.3, "b": 0.3})
+
+
+def test_weights_without_elements_are_left_out() -> None:
+    model = nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.ones(4, 0))
+    assert sensitivity(model, lambda m: 1.0).keys() == {"1.weight"}
+
+
 def test_faults_of_the_user() -> None:
+    for score in ("nan", "-inf"):
+        with pytest.raises(ConfigError, match=f"evaluate gives {score}"):
+            sensitivity(make(), lambda m, score=score: float(score))
+    with pytest.raises(ConfigError, match="prune before share"):
+        sensitivity(share(make(), {"2": 3}), lambda m: 0.0)
     with pytest.raises(ConfigError, match=r"in \(0, 1\)"):
         sensitivity(make(), lambda m: 0.0, density=1.0)
     with pytest.raises(ConfigError, match="budget is 2"):
