@@ -14,10 +14,10 @@ from torch import Tensor
 
 from dgc.core.kernels.codec_fit import encode_values
 from dgc.core.kernels.codec_reference import Body, Floats, Ints, Status
+from dgc.core.kernels.compiled import kernel
 from dgc.core.kernels.cpu import MIN_PART
 from dgc.core.kernels.cpu import _pool as thread_pool
 from dgc.core.kernels.cpu import _split as in_parts
-from dgc.core.kernels.cpu_radix import kernel
 from dgc.core.kernels.cpu_sweep import tensor_at
 from dgc.core.pack import PROBABILITY_BITS, STATE_LOW, gap_code, max_code_bits
 from dgc.core.quantize import MAX_FINITE, ZERO_LEVEL, parameter_bytes

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from dgc.core.kernels.codec_reference import MAX_SEARCHED_LEVELS, SEARCH_BINS, Status
-from dgc.core.kernels.cpu_radix import kernel
+from dgc.core.kernels.compiled import kernel
 from dgc.core.quantize import MAX_FINITE
 
 OK, VALUE = Status.OK.value, Status.VALUE.value

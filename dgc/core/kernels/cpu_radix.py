@@ -3,10 +3,8 @@
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-# Compiled on first use and kept on disk; the lock of the interpreter is not held while it runs.
-kernel = njit(nogil=True, cache=True)
+from dgc.core.kernels.compiled import kernel
 
 MAGNITUDE = np.int32(0x7FFFFFFF)
 BINS = 2048

@@ -9,7 +9,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from dgc.core.kernels.cpu_radix import kernel
+from dgc.core.kernels.compiled import kernel
 from dgc.core.kernels.rounding import U_BITS, V_BITS
 
 

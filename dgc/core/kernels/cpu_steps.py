@@ -7,13 +7,9 @@ does the part of the work from `lo` to `hi`, so that threads share it evenly.
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from dgc.core.kernels.cpu_radix import kernel
+from dgc.core.kernels.compiled import dividing, kernel
 from dgc.core.kernels.cpu_sweep import block_max, first_segment, tensor_at
-
-# A division by zero gives inf or nan, as everywhere else, and no exception: that cannot be vectorised.
-dividing = njit(nogil=True, cache=True, error_model="numpy")
 
 
 @kernel

@@ -9,16 +9,16 @@ sort like the values, and neither nan nor a flushed denormal can upset them.
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 
-# The disk cache of a kernel here does not notice a change in these: delete it after one.
-from dgc.core.kernels.cpu_radix import MAGNITUDE, compact, kernel
-from dgc.core.kernels.cpu_state import close, lessen, opened
+from dgc.core.kernels.compiled import kernel, reassociating
 
-reassociating = njit(nogil=True, cache=True, fastmath={"reassoc"})
+# The disk cache of a kernel here does not notice a change in these: delete it after one.
+from dgc.core.kernels.cpu_radix import MAGNITUDE, compact
+from dgc.core.kernels.cpu_state import close, lessen, opened
 
 BLOCK = 1024
 """Elements updated and then searched while they are in the first-level cache."""
