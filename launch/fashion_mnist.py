@@ -9,12 +9,14 @@ Debian package unpacked into the cache without root, the data set's own download
 import argparse
 import gzip
 import hashlib
+import math
 import shutil
 import struct
 import subprocess
 import sys
 import tempfile
 import urllib.request
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,23 +130,33 @@ def _fetch_download() -> None:
 def _install(paths: dict[str, Path | None]) -> None:
     """Move complete files into the cache, each in one step."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    for name, path in paths.items():
-        if path is None:
-            raise ConfigError(f"{name} is missing from what was fetched")
-        partial = CACHE / f"{path.name}.part"
-        shutil.copyfile(path, partial)
-        partial.replace(CACHE / path.name)
+    # A folder of its own: hosts that share the cache may fetch at the same time.
+    with tempfile.TemporaryDirectory(dir=CACHE) as own:
+        for name, path in paths.items():
+            if path is None:
+                raise ConfigError(f"{name} is missing from what was fetched")
+            partial = Path(own) / path.name
+            shutil.copyfile(path, partial)
+            partial.replace(CACHE / path.name)
 
 
 def _read_idx(path: Path | None) -> Tensor:
     """An IDX file of unsigned bytes: big-endian magic 0x0000_08_rank, sizes, then the data."""
     assert path is not None
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
-        raise ConfigError(f"{path} is not an IDX file of bytes: it begins with {raw[:4]!r}")
-    shape = struct.unpack_from(f">{raw[3]}I", raw, 4)
-    data = torch.frombuffer(bytearray(raw[4 + 4 * raw[3] :]), dtype=torch.uint8)
-    return data.view(shape)
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        (magic,) = struct.unpack_from(">I", raw)
+        if magic >> 8 != 0x08:
+            raise ConfigError(f"{path} is not an IDX file of bytes: it begins with {raw[:4]!r}")
+        rank = magic & 0xFF
+        shape = struct.unpack_from(f">{rank}I", raw, 4)
+    except (EOFError, gzip.BadGzipFile, zlib.error, struct.error) as error:
+        raise ConfigError(f"{path} is damaged ({error}): delete it") from error
+    data = bytearray(raw[4 + 4 * rank :])
+    if not data or len(data) != math.prod(shape):
+        sizes = " x ".join(map(str, shape))
+        raise ConfigError(f"{path} is damaged ({len(data)} bytes, not {sizes}): delete it")
+    return torch.frombuffer(data, dtype=torch.uint8).view(shape)
 
 
 if __name__ == "__main__":
