@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import dgc
 from dgc.config import PATTERNS, Compression
+from dgc.errors import ConfigError
 from launch import fashion_mnist, models
 from launch.compress import accuracy
 
@@ -30,6 +31,13 @@ DEFAULTS = {
 }
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="folder of IDX files; found or fetched where left out")
@@ -40,8 +48,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--warmup-epochs", type=float, help="of the density: 0.1; paper 0.5")
     parser.add_argument("--pattern", choices=PATTERNS, default=dgc.DGC.pattern, help="of exchange")
     parser.add_argument("--clip-norm", type=float, default=None, help="local gradient clipping")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=64, help="images a rank")
+    parser.add_argument("--epochs", type=positive, default=5)
+    parser.add_argument("--batch", type=positive, default=64, help="images a rank")
     parser.add_argument("--lr", type=float, help="0.1 with dgc and paper, else 0.05")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", default="auto", help="see dgc.init")
@@ -73,12 +81,17 @@ def batches(rt: dgc.Runtime, args: argparse.Namespace, count: int, epoch: int) -
 
 
 def train(rt: dgc.Runtime, args: argparse.Namespace) -> None:
-    if rt.rank == 0:
-        fashion_mnist.find(args.data)  # one rank fetches, the others find
+    if rt.local_rank == 0:
+        fashion_mnist.find(args.data)  # one rank of each host fetches, the others find
     rt.comm.barrier()
     data = fashion_mnist.Data(*(t.to(rt.device) for t in fashion_mnist.load(args.data)))
     model = models.build(args.model, args.seed).to(rt.device)
     steps_per_epoch = len(batches(rt, args, len(data.train_labels), 0))
+    if not steps_per_epoch:
+        raise ConfigError(
+            f"{len(data.train_labels)} images are too few for one step of {rt.world_size} ranks "
+            f"with {args.batch} each: lower --batch"
+        )
     sgd = torch.optim.SGD(
         model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=1e-4
     )
