@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ MAX_HEADER_BYTES = 100_000_000
 """As in safetensors itself."""
 MAX_TENSORS = 1_000_000
 MAX_DIMENSIONS = 16
+MAX_NUMEL = 1 << 48
+"""Shapes span less than this, dimensions of 0 counted as 1: no stride is beyond 64 bits."""
 VERSION = "1"
 CODED = ".dgc"
 """Ends the name of an entry that is a record of `dgc.model.layer`; other entries are plain."""
@@ -130,15 +133,19 @@ def _entry(name: str, fields: Any, raw: bytes, base: int, at: int) -> tuple[Entr
         raise FileError(f"the shape or offsets of {name!r} are malformed: the file is damaged")
     if len(shape) > MAX_DIMENSIONS:
         raise FileError(f"{name!r} has {len(shape)} dimensions: at most {MAX_DIMENSIONS}")
-    numel = 1
-    for n in shape:
-        numel *= n
-    end = at + numel * DTYPES[dtype].itemsize
+    if span(shape) >= MAX_NUMEL:
+        raise FileError(f"{name!r} has the shape {shape}: too large for any memory")
+    end = at + math.prod(shape) * DTYPES[dtype].itemsize
     if offsets != [at, end] or base + end > len(raw):
         raise FileError(f"{name!r} does not lie where its shape says: the file is damaged")
     if name.endswith(CODED) and (dtype != "U8" or len(shape) != 1):
         raise FileError(f"{name!r} is no record: the file is damaged")
     return Entry(dtype, tuple(shape), raw[base + at : base + end]), end
+
+
+def span(shape: Sequence[int]) -> int:
+    """The product of `shape` with 0 counted as 1."""
+    return math.prod(max(n, 1) for n in shape)
 
 
 def _naturals(value: Any) -> bool:

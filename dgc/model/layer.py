@@ -16,6 +16,7 @@ from dgc.core.codebook import lookup
 from dgc.core.varint import varint
 from dgc.errors import FileError
 from dgc.model.bytes import Reader
+from dgc.model.container import MAX_NUMEL
 from dgc.model.gaps import best_gap_bits, gaps_of, places_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -274,7 +275,7 @@ def read_head(reader: Reader) -> Head:
     for size in shape:
         numel *= size
     nonzeros = reader.varint()
-    if not 0 < numel < 1 << 48 or nonzeros > numel:
+    if not 0 < numel < MAX_NUMEL or nonzeros > numel:
         raise FileError(f"a record of shape {shape} with {nonzeros} weights: the file is damaged")
     literal, half, by_blocks = (bool(flags & flag) for flag in (LITERAL, HALF, BLOCKS))
     if by_blocks and (kind != ANS or dims < 2):

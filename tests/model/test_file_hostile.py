@@ -208,6 +208,12 @@ def test_a_small_file_cannot_claim_much_memory() -> None:
         decode(file_of(zeros))
 
 
+@pytest.mark.parametrize("shape", [(1 << 47, 1 << 47, 0), (0, 1 << 24, 1 << 24)])
+def test_an_empty_shape_cannot_span_more_than_memory(shape: tuple[int, ...]) -> None:
+    with pytest.raises(FileError, match="too large for any memory"):
+        decode(container.pack({"w": container.Entry("F32", shape, b"")}, {}))
+
+
 def test_tied_names_count_each(tmp_path: Path) -> None:
     zeros = torch.zeros(1024, 1024)
     file.save_state(dict.fromkeys(map(str, range(200)), zeros), tmp_path / "m.dgc")
