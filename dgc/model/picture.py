@@ -22,13 +22,18 @@ def _axes(count: int, height: float) -> tuple[Any, list[Any]]:
     return figure, [row[0] for row in axes]
 
 
+def _plain(name: str) -> str:
+    """`name` without what matplotlib takes for the start of a formula."""
+    return name.replace("$", r"\$")
+
+
 def line_picture(
     lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, path: str | Path
 ) -> None:
     """Write one line a name through its (x, y) points, x on a logarithmic axis."""
     figure, (axes,) = _axes(1, 5.0)
     for name, points in lines.items():
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        axes.plot(*zip(*points, strict=True), marker="o", label=_plain(name))
     axes.set(xscale="log", xlabel=x_label, ylabel=y_label)
     axes.legend()
     _write(figure, path)
@@ -40,14 +45,14 @@ def file_picture(report: Report, layers: Mapping[str, Layer], path: str | Path) 
     figure, axes = _axes(1 + min(8, len(shared)), 2.6)
     rows = [(row.name, row.file_bytes) for row in report.rows] + [("header", report.header_bytes)]
     largest = sorted(rows, key=lambda row: row[1])[-20:]
-    axes[0].barh([name for name, _ in largest], [size for _, size in largest])
+    axes[0].barh([_plain(name) for name, _ in largest], [size for _, size in largest])
     axes[0].set(xlabel=f"bytes of {report.file_bytes} ({report.compression_ratio:.1f} x smaller)")
     by_size = sorted(shared.items(), key=lambda item: -item[1].codes.numel())
     for axis, (name, layer) in zip(axes[1:], by_size, strict=False):
         counts = count_symbols(layer.codes, layer.levels.numel() + 1)[1:]
         values = layer.levels.double().tolist()
         axis.vlines(values, 0, counts)
-        axis.set(xlabel=f"value in {name}", ylabel="weights", ylim=(0, None))
+        axis.set(xlabel=f"value in {_plain(name)}", ylabel="weights", ylim=(0, None))
     _write(figure, path)
 
 
