@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dgc.cli import main
-from dgc.model import picture, progress, prune, read_state, share
+from dgc.model import picture, progress, prune, read_state, save_state, share
 from dgc.model.file import plain_state
 
 
@@ -68,6 +68,13 @@ def test_picture(state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert main(["inspect", str(out), "--picture", str(tmp_path / "p.xyz")]) == 1
     assert "end it in one of" in capsys.readouterr().err
+
+
+def test_names_in_a_picture_are_no_formulas(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    save_state({r"$\foo$.w": torch.ones(9, 9), r"a\$b$": torch.ones(3)}, tmp_path / "m.dgc")
+    command = ["inspect", str(tmp_path / "m.dgc"), "--picture", str(tmp_path / "p.svg")]
+    assert main(command) == 0
 
 
 def test_the_state_of_a_pruned_and_shared_model(tmp_path: Path) -> None:

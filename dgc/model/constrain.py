@@ -246,8 +246,10 @@ def choose(
     A layer's name (`"fc1"`) stands for its weight (`"fc1.weight"`).
 
     Raises:
-        ConfigError: if a name is not a parameter of `model`.
+        ConfigError: if a name is not a parameter of `model`, or a parameter is sharded.
     """
+    for name, parameter in model.named_parameters():
+        refuse_sharded(parameter, name)
     if not isinstance(setting, dict):
         weights = weights_of(model)
         if not weights:
@@ -263,6 +265,17 @@ def choose(
             raise ConfigError(f"no parameter {given!r} for {what}: the model has {sorted(names)}")
         chosen[name] = (*_owner(model, name), value)
     return chosen
+
+
+def refuse_sharded(tensor: Tensor, name: str) -> None:
+    """Raise a `ConfigError` if `tensor`, called `name`, is a `DTensor`, as in FSDP2."""
+    # By name: its module is slow to import, and not in every build of torch.
+    if any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__):
+        raise ConfigError(
+            f"{name!r} is sharded, a DTensor: gather the full state first, by "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+            "full_state_dict=True, into a model that is not sharded"
+        )
 
 
 def refuse_non_finite(module: nn.Module, own: str, name: str) -> None:

@@ -14,7 +14,7 @@ from dgc.core.entropy import count_symbols
 from dgc.errors import ConfigError, FileError, StateError
 from dgc.model import container, report
 from dgc.model.bytes import Reader
-from dgc.model.constrain import constrained, release, weights_of
+from dgc.model.constrain import constrained, refuse_sharded, release, weights_of
 from dgc.model.container import CODED, Entry
 from dgc.model.layer import CODERS, DTYPES, Decoder, Head, Layer, encode_layers, read_head
 from dgc.model.prune import Mask
@@ -115,11 +115,15 @@ def checked(state: Mapping[str, Tensor]) -> State:
         if not isinstance(value, Tensor) or value.dtype not in container.DTYPE_NAMES:
             what = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ConfigError(f"{name!r} is {what}: a file holds tensors of {_dtype_names()}")
+        refuse_sharded(value, name)
+        if value.is_meta:
+            raise ConfigError(f"{name!r} is on the device meta: give it memory by model.to_empty")
         if value.dim() > container.MAX_DIMENSIONS:
             raise ConfigError(
                 f"{name!r} has {value.dim()} dimensions: at most {container.MAX_DIMENSIONS}"
             )
-        if value.is_sparse or value.is_meta or name.endswith(CODED) or name == "__metadata__":
+        too_large = container.span(value.shape) >= container.MAX_NUMEL
+        if value.is_sparse or too_large or name.endswith(CODED) or name == "__metadata__":
             raise ConfigError(f"{name!r} cannot be saved: give dense tensors, no name in {CODED!r}")
     return dict(state)
 
@@ -281,12 +285,11 @@ def load(model: nn.Module, path: str | Path, *, constrain: bool = False) -> nn.M
     Raises:
         FileError: if the bytes are not a valid file.
         StateError: if it is another model's: the difference is named and `model` is unchanged.
-        ConfigError: if `model` has no memory, on the device `meta`.
+        ConfigError: if `model` has no memory (on the device `meta`), is sharded, or has a state that
+            no file can hold; it is unchanged too.
     """
     opened = open_file(path)
-    if any(tensor.is_meta for tensor in plain_state(model).values()):
-        raise ConfigError("the model is on the device meta: give it memory by model.to_empty")
-    _match(opened, plain_state(model), path)
+    _match(opened, checked(plain_state(model)), path)
     state, layers = opened.decode()
     release(model)
     model.load_state_dict(state, strict=True)

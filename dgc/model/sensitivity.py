@@ -12,7 +12,7 @@ from torch import nn
 
 from dgc.core.select import num_selected, topk_mask
 from dgc.errors import ConfigError
-from dgc.model.constrain import weights_of
+from dgc.model.constrain import refuse_sharded, weights_of
 from dgc.model.picture import line_picture
 from dgc.model.progress import bar
 from dgc.model.prune import refuse_unmaskable
@@ -124,8 +124,8 @@ def sensitivity(
         A dict of densities for `prune`, with the scores, `.plot(path)` and `.allocate(budget)`.
 
     Raises:
-        ConfigError: if a density is out of range, the model has no weights or a shared one, or the
-            score without pruning is not finite.
+        ConfigError: if a density is out of range, the model has no weights, a sharded one or one of
+            shared values, or the score without pruning is not finite.
 
     Example:
         >>> import torch
@@ -141,7 +141,8 @@ def sensitivity(
     weights = {n: at for n, at in weights_of(model).items() if at[0].get_parameter(at[1]).numel()}
     if not steps or not all(0 < d < 1 for d in steps) or not weights:
         raise ConfigError(f"densities {steps} of {len(weights)} weights: give some in (0, 1)")
-    for module, own in weights.values():
+    for name, (module, own) in weights.items():
+        refuse_sharded(module.get_parameter(own), name)
         refuse_unmaskable(module, own)
     baseline = float(evaluate(model))
     if not math.isfinite(baseline):

@@ -203,6 +203,24 @@ def test_a_model_without_memory_is_refused(tmp_path: Path) -> None:
         load(model, tmp_path / "m.dgc")
 
 
+class Versioned(nn.Linear):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        raise AssertionError("never in a file")
+
+
+def test_a_model_with_a_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
+    save(nn.Linear(4, 4), tmp_path / "m.dgc")
+    model = Versioned(4, 4)
+    before = model.weight.detach().clone()
+    for use in (save, load):
+        with pytest.raises(ConfigError, match="'_extra_state' is dict: a file holds tensors"):
+            use(model, tmp_path / "m.dgc")
+    assert torch.equal(model.weight, before)
+
+
 def test_half_leaves_sixteen_bits_as_they_are(tmp_path: Path) -> None:
     state = {"w": (torch.randint(1, 5, (40, 40)) * 1e-7).to(torch.bfloat16)}
     save_state(state, tmp_path / "m.dgc", half=True)
@@ -250,6 +268,8 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     for value in (torch.ones([1] * 17), torch.zeros([1] * 16 + [100])):
         with pytest.raises(ConfigError, match="17 dimensions: at most 16"):
             save_state({"a": value}, tmp_path / "m.dgc")
+    with pytest.raises(ConfigError, match="cannot be saved"):
+        save_state({"a": torch.ones(1 << 30, 1 << 18, 0)}, tmp_path / "m.dgc")
     with pytest.raises(ConfigError, match=r"\.dgc"):
         save_state({"a.dgc": torch.ones(2)}, tmp_path / "m.dgc")
     with pytest.raises(ConfigError, match="'ans'"):
