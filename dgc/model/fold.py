@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from dgc.model.constrain import bind_root, constraint_of
+from dgc.model.constrain import Binder, Constraint, bind_root, constraint_of
 from dgc.model.prune import Mask, apply_mask
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -38,10 +38,14 @@ def fold(model: Model) -> Model:
 
     Outputs stay the same but for rounding. Looks at pairs of pruned `nn.Linear` in an
     `nn.Sequential` with nothing but elementwise activations between them, and leaves alone what
-    `model` uses twice or ties, and sequences with a `forward` of their own. A unit without inputs is
-    constant: its part of the next layer's output is added to that layer's bias. Its bias and the
-    weights that read it are masked, as are bias and weights of a unit that nothing reads, so that
-    `prune` has their share for others, and a file holds them as zeros.
+    `model` uses twice or ties, layers with forward hooks other than dgc's own, and sequences with a
+    `forward` of their own. A unit without inputs is constant: its part of the next layer's output is
+    added to that layer's bias. Its bias and the weights that read it are masked, as are bias and
+    weights of a unit that nothing reads, so that `prune` has their share for others, and a file holds
+    them as zeros.
+
+    It cannot see a model that takes values from inside a sequence, by a slice (`layers[:2](x)`) or
+    layer by layer: there the units that are removed change.
 
     Args:
         model: changed in place. Both layers pruned (`prune`), not yet shared. A constant stays where
@@ -80,7 +84,9 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Linear, list[nn.Module], nn.Li
         first: nn.Linear | None = None
         between: list[nn.Module] = []
         for layer in sequence:
-            if type(layer) is nn.Linear and all(
+            if _hooked(layer):
+                first = None
+            elif type(layer) is nn.Linear and all(
                 uses[id(part)] == 1 for part in (layer, *layer.parameters())
             ):
                 if first is not None:
@@ -90,6 +96,14 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Linear, list[nn.Module], nn.Li
                 between.append(layer)
             else:
                 first = None
+
+
+def _hooked(layer: nn.Module) -> bool:
+    """Whether forward hooks that are not dgc's own may change or read what goes in or out."""
+    own = (Binder, Constraint)
+    return bool(layer._forward_hooks) or not all(
+        isinstance(hook, own) for hook in layer._forward_pre_hooks.values()
+    )
 
 
 @torch.no_grad()

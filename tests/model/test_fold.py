@@ -114,6 +114,18 @@ def test_other_layers_between_are_left_alone(between: list[nn.Module]) -> None:
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("before", [True, False])
+def test_layers_with_hooks_are_left_alone(at: int, before: bool) -> None:
+    model, x = make([nn.Sigmoid()]), torch.randn(50, 6)
+    if before:
+        model[at].register_forward_pre_hook(lambda layer, inputs: inputs[0] + 1)
+    else:
+        model[at].register_forward_hook(lambda layer, inputs, output: output + 1)
+    expected = model(x)
+    assert torch.equal(fold(model)(x), expected)
+
+
 def test_only_pruned_layers_are_touched() -> None:
     """An output layer is often zero at the start: its inputs are needed all the same."""
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
