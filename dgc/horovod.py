@@ -98,6 +98,8 @@ class DistributedOptimizer(_DistributedOptimizer):
         self._passes.clear()
 
     def _gradient_ready(self, name: str) -> None:
+        if not self._syncing:
+            return
         self._passes[name] += 1
         if self._passes[name] > self.backward_passes_per_step:
             raise GradientError(
@@ -109,8 +111,10 @@ class DistributedOptimizer(_DistributedOptimizer):
 
     def synchronize(self) -> None:
         """As `dgc.DistributedOptimizer.synchronize`; passes that are missing are not waited for."""
-        super().synchronize()
-        self._passes.clear()
+        try:
+            super().synchronize()
+        finally:
+            self._passes.clear()
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:

@@ -69,6 +69,8 @@ def find_place(env: Mapping[str, str]) -> Place:
     """
     for launcher, (rank, size, local_rank, local_size) in _LAUNCHERS.items():
         if rank in env and size in env:
+            if local_rank not in env and launcher == "MPICH" and _started_by_srun(env):
+                continue  # Slurm's PMI speaks as MPICH's does, and not of hosts
             place = Place(
                 _integer(env, rank, 0),
                 _integer(env, size, 1),
@@ -83,6 +85,11 @@ def find_place(env: Mapping[str, str]) -> Place:
                 )
             return place
     return Place(0, 1, 0, 1, "none")
+
+
+def _started_by_srun(env: Mapping[str, str]) -> bool:
+    rank, size = _LAUNCHERS["MPICH"][:2]
+    return (env[rank], env[size]) == (env.get("SLURM_PROCID"), env.get("SLURM_NTASKS"))
 
 
 def _integer(env: Mapping[str, str], name: str, default: int) -> int:
@@ -111,6 +118,9 @@ class Runtime:
     comm: Communicator
     backend: str
 
+    def __post_init__(self) -> None:
+        _open.append(self.comm)
+
     def __enter__(self) -> "Runtime":
         return self
 
@@ -127,9 +137,8 @@ class Runtime:
 
     def close(self) -> None:
         """Close the communication that `init` opened; what was open before stays open."""
-        global _current
-        if _current is self.comm:
-            _current = None
+        if self.comm in _open:
+            _open.remove(self.comm)
         self.comm.close()
 
 
@@ -183,14 +192,12 @@ def init(backend: str = "auto", *, timeout_seconds: float = 600.0) -> Runtime:
         )
     if comm.world_size > 1 and place.launcher == "none":
         place = place._replace(local_size=comm.world_size, local_rank=comm.rank)
-    global _current
-    _current = comm
     return Runtime(
         comm.rank, comm.world_size, place.local_rank, place.local_size, device, comm, chosen
     )
 
 
-_current: Communicator | None = None
+_open: list[Communicator] = []  # by `init`, and not closed; the last one counts
 _of_torch: tuple[Any, TorchCommunicator] | None = None  # the default group, weakly, and its own
 
 
@@ -201,8 +208,8 @@ def default_communicator() -> Communicator:
         ConfigError: a launcher started several ranks and none of these was opened.
     """
     global _of_torch
-    if _current is not None:
-        return _current
+    if _open:
+        return _open[-1]
     if dist.is_initialized():
         if _of_torch is None or _of_torch[0]() is not dist.group.WORLD:
             _of_torch = weakref.ref(dist.group.WORLD), TorchCommunicator()
@@ -217,6 +224,8 @@ def default_communicator() -> Communicator:
 
 
 def _device(place: Place) -> torch.device:
+    if place.launcher == "none" and dist.is_initialized() and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())  # that the script has chosen
     if torch.cuda.is_available() and place.local_rank < torch.cuda.device_count():
         torch.cuda.set_device(place.local_rank)
         return torch.device("cuda", place.local_rank)

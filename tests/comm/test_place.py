@@ -1,8 +1,11 @@
 """Rank and sizes from each launcher's environment."""
 
-import pytest
+from unittest.mock import patch
 
-from dgc.comm.runtime import Place, find_place
+import pytest
+import torch
+
+from dgc.comm.runtime import Place, _device, default_communicator, find_place, init
 from dgc.errors import ConfigError
 
 OPEN_MPI = {
@@ -34,6 +37,8 @@ MVAPICH = {
         ({}, Place(0, 1, 0, 1, "none")),
         (OPEN_MPI, Place(3, 8, 1, 2, "Open MPI")),
         (MPICH, Place(1, 4, 1, 4, "MPICH")),
+        ({**SLURM, "PMI_RANK": "5", "PMI_SIZE": "8"}, Place(5, 8, 1, 2, "srun")),
+        ({**SLURM, **MPICH}, Place(1, 4, 1, 4, "MPICH")),
         (MVAPICH, Place(1, 2, 1, 2, "MVAPICH2")),
         (TORCHRUN, Place(2, 4, 0, 2, "torchrun")),
         (SLURM, Place(5, 8, 1, 2, "srun")),
@@ -56,3 +61,25 @@ def test_find_place(env: dict[str, str], place: Place) -> None:
 def test_bad_environments(env: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         find_place(env)
+
+
+def test_a_second_init_that_ends_leaves_the_first_open() -> None:
+    with init() as outer:
+        with init() as inner:
+            assert default_communicator() is inner.comm
+        assert default_communicator() is outer.comm
+    assert default_communicator() is not outer.comm
+
+
+def test_the_gpu_that_a_script_has_chosen_is_kept() -> None:
+    """Under torch.multiprocessing.spawn no launcher says which of a host's ranks this is."""
+    with (
+        patch("torch.cuda.is_available", return_value=True),
+        patch("torch.cuda.device_count", return_value=4),
+        patch("torch.cuda.current_device", return_value=2),
+        patch("torch.cuda.set_device") as chosen,
+        patch("torch.distributed.is_initialized", return_value=True),
+    ):
+        device = _device(Place(0, 1, 0, 1, "none"))
+    assert device == torch.device("cuda", 2)
+    chosen.assert_not_called()

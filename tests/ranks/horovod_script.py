@@ -70,6 +70,13 @@ def passes_and_clipping() -> None:
     optimizer.zero_grad()
     model.loss(integers(0, 0)).backward()
     optimizer.step()  # fewer passes than promised, as at the end of the data
+    optimizer.set_backward_passes_per_step(1)
+    for _ in range(2):  # passes inside no_sync() are not counted
+        optimizer.zero_grad()
+        with optimizer.no_sync():
+            model.loss(integers(0, 0)).backward()
+        model.loss(integers(0, 0)).backward()
+        optimizer.step()
     assert same_everywhere(model)
 
 
