@@ -85,7 +85,7 @@ class Links(NamedTuple):
             return lambda: comm.all_gather(message).wait()
 
         def reduce(size: int) -> Callable[[], Tensor]:
-            tensor = torch.zeros(size // 4, device=comm.device)
+            tensor = torch.zeros(size // 4, dtype=torch.float32, device=comm.device)
             return lambda: comm.all_reduce(tensor).wait()
 
         return cls(

@@ -171,7 +171,7 @@ class ThresholdTopK(ExactTopK):
     """
 
     def state(self, layout: Layout) -> Tensor | None:
-        return torch.zeros(len(layout.numels), device=layout.table.device)
+        return torch.zeros(len(layout.numels), dtype=torch.float32, device=layout.table.device)
 
 
 @dataclass(frozen=True)

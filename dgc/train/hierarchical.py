@@ -88,8 +88,10 @@ class HierarchicalBucket(CompressedBucket):
         self._rows, self._step, self._density = rows, step, density_at(step, self.config)
         if self._payload is None:  # kept: new memory costs as much time as a pass over it
             device = self.part.v.device
-            self._payload = torch.zeros(len(self.parts), self.room + len(used), device=device)
-            self._flat = torch.empty(self.layout.offsets[-1], device=device)
+            self._payload = torch.zeros(
+                len(self.parts), self.room + len(used), dtype=torch.float32, device=device
+            )
+            self._flat = torch.empty(self.layout.offsets[-1], dtype=torch.float32, device=device)
         payload, flat = self._payload, self._flat
         payload[:, self.room :] = torch.tensor(used, dtype=torch.float32)
         if grads is None:
@@ -122,7 +124,7 @@ class HierarchicalBucket(CompressedBucket):
         used = [each > 0 for each in summed[self.room :].tolist()]
         self._begin(self.part, used, self._step)
         rows = [self._rows[piece.tensor]._replace(gain=1.0) for piece in pieces]
-        numels, none = part.layout.numels, torch.zeros(0, device=summed.device)
+        numels, none = part.layout.numels, torch.zeros(0, dtype=torch.float32, device=summed.device)
         empty = SparseBatch(none.long(), none, (0,) * len(numels), numels)
         message, self._sent = (
             self._sender.send_(

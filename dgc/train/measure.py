@@ -45,7 +45,10 @@ def measure(bucket: Bucket, comm: Communicator, device: torch.device, repeats: i
     times = []
     for attempt in range(repeats + 2):
         generator = torch.Generator().manual_seed(1000 * attempt + comm.rank)
-        grads = [torch.randn(numel, generator=generator).to(device) for numel in numels]
+        grads = [
+            torch.randn(numel, generator=generator, dtype=torch.float32).to(device)
+            for numel in numels
+        ]
         comm.barrier()
         started = _now(device)
         payload = bucket.send(grads, rows, used, attempt)

@@ -48,7 +48,7 @@ class ReselectingBucket(CompressedBucket):
         self._begin(self.memory, used, step)
         device, density = self.layout.table.device, density_at(step, self.config)
         self._owed, self._counts = None, message_plan(self.layout.numels, density, self.config)[0]
-        empty = torch.zeros(0, device=device)
+        empty = torch.zeros(0, dtype=torch.float32, device=device)
         self._batch = SparseBatch(empty.long(), empty, (0,) * len(used), self.layout.numels)
         finite, memory = False, self.memory
         if grads is not None:
@@ -104,7 +104,7 @@ class ReselectingBucket(CompressedBucket):
         """Sum what came for this region, keep the largest, let the rest enter the residual."""
         places, values, finite = self._read(received)
         which, inverse = places.unique(return_inverse=True)
-        sums = torch.zeros(which.numel(), device=values.device).index_add_(0, inverse, values)
+        sums = values.new_zeros(which.numel()).index_add_(0, inverse, values)
         kept = sums.abs().topk(min(self._capacity(), sums.numel())).indices.sort().values
         finite = finite and bool(sums.isfinite().all())
         message, coded = self._encode(which[kept], sums[kept], self._capacity(), finite)

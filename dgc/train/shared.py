@@ -40,7 +40,7 @@ class SharedBucket(CompressedBucket):
         memory, numels = self.memory, self.layout.numels
         density = density_at(step, self.config)
         counts = message_plan(numels, density, self.config)[0]
-        none = torch.zeros(0, device=memory.v.device)
+        none = torch.zeros(0, dtype=torch.float32, device=memory.v.device)
         size = wire.max_message_bytes(numels, counts, _BITS, none.device)
         self._sent = Sent(SparseBatch(none.long(), none, (0,) * len(used), numels), none, None)
         self._flags = torch.tensor([*used, False], dtype=torch.float32)

@@ -73,7 +73,7 @@ def send_(
 def abstain(memory: Memory, density: float) -> tuple[Tensor, Sent]:
     """The message of a rank whose whole gradient is not finite: empty, and it says so."""
     numels, bits = memory.layout.numels, memory.config.value_bits
-    none = torch.zeros(0, device=memory.v.device)
+    none = torch.zeros(0, dtype=torch.float32, device=memory.v.device)
     batch = SparseBatch(none.long(), none, (0,) * len(numels), numels)
     size = message_plan(numels, density, memory.config, memory.v.device)[1]
     message, values = wire.encode_batch(batch, bits, message_bytes=size, finite=False)
