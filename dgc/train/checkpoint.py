@@ -6,6 +6,7 @@ holds pickled code.
 """
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,7 +83,10 @@ def resize(states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> d
             f"are {sorted(by_rank)}: give the states of all ranks"
         )
     zeros = _scaled([by_rank[0]["memory"]], 0.0)
-    memory = _scaled([by_rank[row]["memory"] for row in rows], world_size / old_size)
+    factor = world_size / old_size
+    if "step" in str(first.get("unit")):  # Adam applies the root of the world's size times the mean
+        factor = math.sqrt(factor)
+    memory = _scaled([by_rank[row]["memory"] for row in rows], factor)
     return {**by_rank[0], "rank": rank, "world_size": world_size, "memory": memory or zeros}
 
 

@@ -14,7 +14,7 @@ from dgc.train import checkpoint
 from tests.processes import run_processes
 from tests.threads import ThreadCommunicator, run_ranks
 from tests.train import checkpoint_checks as checks
-from tests.workers import Toy, train, wrap
+from tests.workers import Toy, gradients, train, wrap
 
 CONFIG = dgc.DGC(density=0.1, min_selected=1)
 
@@ -39,6 +39,28 @@ def test_resize_keeps_the_mean_of_the_memories(new_size: int) -> None:
             before = sum(s["memory"][name][key].double() for s in old) / 4
             after = sum(s["memory"][name][key].double() for s in new) / new_size
             torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("new_size", [1, 2, 8])
+def test_resize_keeps_what_adam_will_move_by(new_size: int) -> None:
+    """Steps are applied as the root of the number of ranks times their mean."""
+
+    def body(comm: ThreadCommunicator) -> dict[str, Any]:
+        model = Toy()
+        adam = torch.optim.AdamW(model.parameters(), lr=0.01)
+        config = dgc.DGC(density=0.1, min_selected=1)
+        optimizer = dgc.DistributedOptimizer(adam, model.named_parameters(), config, comm)
+        model.loss(gradients(0, comm.rank)).backward()
+        optimizer.step()
+        return optimizer.state_dict()
+
+    old = run_ranks(4, body)
+    new = [checkpoint.resize(old, rank, new_size) for rank in range(new_size)]
+    for name, tensors in old[0]["memory"].items():
+        before = sum(s["memory"][name]["v"].double() for s in old) / 4**0.5
+        after = sum(s["memory"][name]["v"].double() for s in new) / new_size**0.5
+        assert before.any() or tensors["v"].numel() < 2
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("new_size", [2, 6])
