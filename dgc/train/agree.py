@@ -47,7 +47,7 @@ def named_parameters_of(
     return params
 
 
-def check_agreement(params: Mapping[str, Parameter], config: str, comm: Communicator) -> None:
+def check_agreement(params: Mapping[str, Tensor], config: str, comm: Communicator) -> None:
     """Compare digests among ranks.
 
     Raises:

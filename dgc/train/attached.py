@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from dgc.comm.base import Communicator
 from dgc.errors import ConfigError, GradientError
 from dgc.train.inner import InnerStep, RefuseScaler
+from dgc.train.momentum import local
 from dgc.train.reducer import Reducer
 from dgc.train.state import KEYS, check_header, header
 
@@ -61,7 +62,11 @@ class Attached:
 
     def _prepare(self) -> None:
         params = self.inner.params.values()
-        if not self._fresh and any(p.grad is not None for p in params):
+        grads = [local(param.grad) for param in params if param.grad is not None]
+        if not self._fresh and grads:
+            groups = self.inner.optimizer.param_groups
+            if all(group["lr"] == 0 for group in groups) and not any(bool(g.any()) for g in grads):
+                return  # torch.distributed.checkpoint opens an optimizer's state so
             raise GradientError(
                 "step() without a synchronised backward pass since the last step: leave no_sync() "
                 "before the last backward pass of a step"
@@ -70,7 +75,17 @@ class Attached:
             for param in params:
                 param.grad = None  # nothing to step with: all ranks skip
         self._fresh = False
-        self.inner.before()
+        self.inner.before(self.reducer.unmasked)
+
+    def _refuse_dropped(self) -> None:
+        """Call before a mean is delivered: the one before must have been stepped with."""
+        if self._fresh and self._apply:
+            raise GradientError(
+                "no step() was made with the mean of the last synchronised backward pass, and dropping "
+                "it does not take its gradient out of the memory: run a backward pass whose gradient "
+                "shall not count here, as of a GAN's generator in its discriminator, without "
+                "synchronisation (no_sync() of DDP, forward pass included)"
+            )
 
     def _after_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

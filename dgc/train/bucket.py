@@ -41,6 +41,8 @@ class Bucket(Protocol):
 
     layout: Layout
     pattern: Pattern
+    masks: bool = True
+    """Whether sending clears the momentum of what is sent, where momentum is masked."""
 
     def density(self, step: int) -> float:
         """The share of its elements that the bucket sends in training step `step`."""

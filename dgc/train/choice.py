@@ -133,11 +133,11 @@ def coding_of(comm: Communicator, sizes: Sequence[tuple[int, ...]], config: DGC)
     sent = (denser.code_seconds - denser.decode_seconds - encoding) / more
     own = torch.tensor(
         [
-            (encoding - few * sent) / numel,
+            (encoding - few * sent) / max(1, numel),
             sent,
-            (sparse.decode_seconds - few * comm.world_size * arrived) / numel,
+            (sparse.decode_seconds - few * comm.world_size * arrived) / max(1, numel),
             arrived,
-            dense.code_seconds / numel,
+            dense.code_seconds / max(1, numel),
         ],
         dtype=torch.float64,
     )

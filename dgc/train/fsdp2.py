@@ -46,22 +46,24 @@ class Fsdp2State(Attached):
         self.params = params
         # The reducer sees this rank's shards alone.
         shards = {name: Parameter(local(p).detach()) for name, p in params.items()}
-        check_agreement(shards, config.describe(), self.comm)
-        for shard in shards.values():
-            self.comm.broadcast_(shard.detach())
+        every = {name: local(p).detach() for name, p in model.named_parameters()}  # frozen ones too
+        check_agreement(every, config.describe(), self.comm)
+        for shard in every.values():
+            self.comm.broadcast_(shard)
         self.inner = inner = InnerStep(optimizer, params, config, self.comm.world_size, scaler)
         self.reducer = Reducer(
             *(shards, inner.memory_config, self.comm),
             *(inner.row, lambda: inner.loss_scale, inner.enter_),
         )
         self._shards = TorchCommunicator(_mesh(params).get_group())
-        self._queued = False
+        self._queued = self._arrived = False
         self._delivered = False  # .grad may still hold the mean of the step before
         for param in params.values():
             param.register_post_accumulate_grad_hook(self._reduced)
         model.register_forward_hook(self._after_forward)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._queued = self._arrived = False  # a backward pass that was interrupted leaves them set
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaf.register_hook(self._before_backward)
@@ -76,16 +78,29 @@ class Fsdp2State(Attached):
                 "before: call optimizer.zero_grad() after each step, and run all but the last "
                 "backward pass of a step with model.set_requires_gradient_sync(False)"
             )
+        self._queue()
 
-    def _reduced(self, _: Tensor) -> None:
-        """FSDP2 has left a gradient in place: once it has left them all, exchange them."""
+    def _queue(self) -> None:
+        """Exchange at the end of the backward pass.
+
+        Of its outermost part, as it is called first there: checkpointed activations with reentry run
+        backward passes inside it, at the end of each of which FSDP2 has left some gradients in place.
+        """
         if not self._queued:
             self._queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._exchange)
 
+    def _reduced(self, _: Tensor) -> None:
+        """FSDP2 has left a gradient in place."""
+        self._arrived = True
+        self._queue()
+
     @torch.no_grad()
     def _exchange(self) -> None:
-        self._queued = False
+        arrived, self._queued, self._arrived = self._arrived, False, False
+        if not arrived:
+            return
+        self._refuse_dropped()
         shards = self.reducer.params
         for name, param in self.params.items():
             shards[name].grad = None if param.grad is None else local(param.grad)

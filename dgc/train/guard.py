@@ -13,8 +13,8 @@ class Guard:
     """Watches each parameter's gradient just before it is added to `.grad`.
 
     After `delivered()`, `.grad` holds a mean over ranks. A backward pass that adds to it, because
-    nobody called `zero_grad`, would have that mean enter the memory a second time. One whose sum is
-    then dropped by `zero_grad`, as of a GAN's generator in its discriminator, does no harm.
+    nobody called `zero_grad`, would have that mean enter the memory a second time. One inside `no_sync`
+    whose sum is then dropped by `zero_grad`, as of a GAN's generator in its discriminator, does no harm.
 
     Attributes:
         used: the names that got a gradient since the last `delivered`.

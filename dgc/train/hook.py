@@ -74,6 +74,8 @@ class HookState(Attached):
             raise self._parted("does not exchange", self.inner.params[missing[0]], "was trained")
         waiting, self._waiting = self._waiting, []
         self.guard.check()
+        if self.guard.used:  # a rank that has joined takes part without a step of its own
+            self._refuse_dropped()
         self._apply = self.reducer.finish()
         self.inner.exchanged()
         self.guard.delivered()
@@ -140,13 +142,23 @@ def register(
     return state
 
 
-def _hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
-    return state.exchange(bucket)
+class _Slot:
+    """What DDP keeps. A model that is copied or pickled has none: it exchanges nothing here."""
+
+    def __init__(self, state: HookState) -> None:
+        self.state = state
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+def _hook(slot: _Slot, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+    return slot.state.exchange(bucket)
 
 
 def _claim_slot(model: DistributedDataParallel, state: HookState) -> None:
     try:
-        model.register_comm_hook(state, _hook)
+        model.register_comm_hook(_Slot(state), _hook)
     except RuntimeError as error:
         model._comm_hooks.pop()  # DDP lists a hook before it finds the slot taken
         taken = [getattr(hook, "__qualname__", repr(hook)) for hook, _ in model._comm_hooks]
@@ -165,6 +177,11 @@ def _inner_module(model: DistributedDataParallel) -> nn.Module:
 def _check_all_trained(model: DistributedDataParallel, trained: set[nn.Parameter]) -> None:
     ignored = set(model.parameters_to_ignore)
     for name, param in model.module.named_parameters():
+        if param in trained and name in ignored:
+            raise ConfigError(
+                f"DDP ignores {name}, which the optimizer trains, so that ranks would part: take it from "
+                "one of the two"
+            )
         if param.requires_grad and param not in trained and name not in ignored:
             raise ConfigError(
                 f"DDP exchanges the gradient of {name}, which the optimizer does not train: give "

@@ -59,7 +59,9 @@ class InnerStep:
         self._last_lr: dict[int, float] = {}  # that was not 0
         self._with_momentum: set[str] = set()  # had a step: dampening starts with the second
         self._loss_scale: float | None = None
-        self._saved: list[dict[str, Any]] | None = None
+        self._unmasked: set[str] = set()  # in this step
+        # Of each group what `before` replaced, and by what.
+        self._replaced: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
 
     def regroup(self) -> None:
         """Find each parameter's group; `optimizer.load_state_dict` replaces the groups."""
@@ -140,8 +142,11 @@ class InnerStep:
         return group
 
     @torch.no_grad()
-    def before(self) -> None:
+    def before(self, unmasked: set[str]) -> None:
         """Add the local share to `.grad` and set the options of this step; `after` restores them.
+
+        Args:
+            unmasked: the names whose momentum sending did not mask in this step.
 
         Raises:
             GradientError: a gradient of a parameter that is not exchanged.
@@ -149,15 +154,17 @@ class InnerStep:
         self.after()  # a step that raised did not get there
         self.regroup()
         self._refuse_local_gradients()
-        self._saved = [dict(group) for group in self.optimizer.param_groups]
+        self._unmasked = unmasked
         if self.owns_momentum:
             moved = [name for name, param in self.params.items() if param.grad is not None]
             self._with_momentum.update(moved)
             self.local.local_([self._owned(name) for name in moved])
         for group in self.optimizer.param_groups:
-            group.update(self.local.without(group) if self.owns_momentum else {})
+            put = self.local.without(group) if self.owns_momentum else {}
             if self._steps_with_one(group):
-                group["lr"] = 1.0
+                put = {**put, "lr": 1.0}
+            self._replaced.append((group, {key: group[key] for key in put}, put))
+            group.update(put)
 
     def _refuse_local_gradients(self) -> None:
         exchanged = set(self.params.values())
@@ -174,11 +181,10 @@ class InnerStep:
             )
 
     def after(self) -> None:
-        """Give the param groups their own options back."""
-        for group, old in zip(self.optimizer.param_groups, self._saved or (), strict=False):
-            changed = self.local.without(old) if self.owns_momentum else ()
-            group.update({key: old[key] for key in (*changed, "lr")})
-        self._saved = None
+        """Give the param groups their own options back, but for those that were set since."""
+        for group, own, put in self._replaced:
+            group.update({key: own[key] for key in put if group.get(key) == put[key]})
+        self._replaced.clear()
         self.local.after(self.params)
 
     def _owned(self, name: str) -> Owned:
@@ -186,7 +192,8 @@ class InnerStep:
         excluded, scale = is_excluded(name, self.config), 1.0 - self._steps_with_one(group)
         if self._adds_steps and isinstance(self.config, DGC) and not self.config.fold_lr:
             scale = float(group["lr"])
-        return Owned(name, self.params[name], group, excluded, scale)
+        masked = name not in self._unmasked
+        return Owned(name, self.params[name], group, excluded, masked, scale)
 
     def _steps_with_one(self, group: dict[str, Any]) -> bool:
         """Whether what arrived is applied as it is, as the learning rate was 0 when it was sent."""

@@ -23,6 +23,8 @@ class Owned(NamedTuple):
     group: dict[str, Any]
     excluded: bool = False
     """Whether what arrives is the mean of whole gradients, and still needs momentum."""
+    masked: bool = True
+    """Whether sending masked momentum in this step."""
     scale: float = 1.0
     """Factor of the local share: 0 where the rate is 0 and the optimizer is stepped with 1."""
 
@@ -74,7 +76,7 @@ class SgdMomentum(Momentum):
         d = wd·p  (+ g̅ if excluded)
         b ← m·b + (1 − dampening)·d          the first time b ← d, as torch.optim.SGD does
         g̅ ← g̅ + b                           Nesterov: + d + m·b
-        b ← (1 − masked)·b where g̅ arrived   not if excluded
+        b ← (1 − masked)·b where g̅ arrived   not if excluded, or sent without masking
 
     The last line is momentum factor masking, as if each rank's u held its share of b. Without it the
     decay is up to 1/(1 − m) times too strong where elements are sent often (docs/log.md, 2026-11-25).
@@ -114,7 +116,7 @@ class SgdMomentum(Momentum):
             elif group["weight_decay"]:
                 gain = self._opened(each)
                 options = group["weight_decay"], group["momentum"], gain, group["nesterov"]
-                rows.append((*options, scale, 1 - self.masked))
+                rows.append((*options, scale, 1 - self.masked * each.masked))
                 decaying.append(each)
         if decaying:
             kernels.decay_(

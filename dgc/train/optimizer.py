@@ -144,13 +144,14 @@ class DistributedOptimizer(Optimizer):
 
     def _gradient_ready(self, name: str) -> None:
         """The gradient of `name` has been added to `.grad`."""
-        if not self._syncing:
-            return
         if self._synchronized and self._apply:
             raise GradientError(
                 "a backward pass between synchronize() and step(): its gradients would be "
-                "added to the mean. Call step() and zero_grad() first"
+                "added to the mean. Call step() and zero_grad() first; with a scaler checkpoint "
+                "activations without reentry (use_reentrant=False)"
             )
+        if not self._syncing:
+            return
         self._synchronized = False  # by a scaler's leave: it skipped the step
         if self.scaler is not None and not self.reducer.pending:
             engine = torch.autograd.Variable._execution_engine
@@ -196,7 +197,7 @@ class DistributedOptimizer(Optimizer):
         self._synchronized = False
         if not self._apply:
             return
-        self.inner.before()
+        self.inner.before(self.reducer.unmasked)
         try:
             self.optimizer.step()
         finally:
@@ -210,12 +211,13 @@ class DistributedOptimizer(Optimizer):
         """Forget the gradients, as the wrapped optimizer does.
 
         Raises:
-            GradientError: if their exchange is under way: call `step` or `synchronize` first.
+            GradientError: no `step` was made with them, and they are in the memory already.
         """
-        if self.reducer.pending:
+        if self.reducer.pending or (self._synchronized and self._apply):
             raise GradientError(
-                "zero_grad() between backward() and step(): the exchange is under way. "
-                "Call step(), or synchronize() to drop this step's gradient"
+                "zero_grad() between backward() and step(): the gradient is in the memory or under "
+                "way, which this does not undo. Call step(); run a backward pass whose gradient shall "
+                "not count inside no_sync()"
             )
         self._synchronized = False
         self.optimizer.zero_grad(set_to_none=set_to_none)

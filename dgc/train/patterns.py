@@ -104,6 +104,10 @@ class AutoBucket(Bucket):
     def pattern(self) -> Pattern:  # type: ignore[override]
         return self._now.pattern
 
+    @property
+    def masks(self) -> bool:  # type: ignore[override]
+        return self._now.masks
+
     def density(self, step: int) -> float:
         return self._now.density(step)
 

@@ -61,6 +61,7 @@ class Reducer:
         self.step = 0
         self._clip_norm = config.clip_norm if isinstance(config, DGC) else None
         self._place = {name: i for i, names in enumerate(self.names) for name in names}
+        self._sizes = {name: param.numel() for name, param in self.params.items()}
         self._skipped_in_a_row = 0
         self._begin()
 
@@ -95,10 +96,17 @@ class Reducer:
         return bool(self._ready)
 
     @property
+    def unmasked(self) -> set[str]:
+        """The parameters whose momentum was not masked when they were sent last."""
+        pairs = zip(self.names, self.buckets, strict=True)
+        return {name for names, bucket in pairs if not bucket.masks for name in names}
+
+    @property
     def missing(self) -> list[str]:
         """The parameters whose gradient is not complete yet."""
         return [name for name in self.params if name not in self._ready]
 
+    @torch.no_grad()
     def ready(self, name: str, grad: Tensor | None = None, *, used: bool = True) -> None:
         """The gradient of `name` is complete.
 
@@ -125,6 +133,7 @@ class Reducer:
         while len(self._started) < len(self.buckets) and not self._missing[len(self._started)]:
             self._start()
 
+    @torch.no_grad()
     def finish(self) -> bool:
         """Exchange what is left and write the means into `.grad`.
 
@@ -142,8 +151,8 @@ class Reducer:
         if changed:
             self._drop()
             raise GradientError(
-                f"the gradient of {changed[0]} was changed between backward() and step(), while it was "
-                "exchanged: to clip the mean call optimizer.synchronize() first, or give clip_norm. "
+                f"the gradient of {changed[0]} was changed or cleared between backward() and step(), while "
+                "it was exchanged: to clip the mean call optimizer.synchronize() first, or give clip_norm. "
                 "This step is dropped"
             )
         finite = all(arrival.finite for arrival in arrivals)
@@ -173,9 +182,14 @@ class Reducer:
         return grad
 
     def _changed(self) -> list[str]:
-        """The names whose gradient was written to since it was sent."""
+        """The names whose gradient was written to, or taken away, since it was sent."""
         found = {name: self._own(name) for name in self._sent}
-        return [n for n, g in found.items() if g is not None and g._version != self._sent[n]]
+        return [
+            name
+            for name, grad in found.items()
+            if self.params[name].grad is None
+            or (grad is not None and grad._version != self._sent[name])
+        ]
 
     def _drop(self) -> None:
         """Give what was sent back to the memory, and forget the gradients."""
@@ -251,6 +265,11 @@ class Reducer:
         if name in self._given:
             return self._given[name]
         param = self.params[name]
+        if param.numel() != self._sizes[name]:  # compiled loops go by the size that it had
+            raise GradientError(
+                f"{name} has {param.numel()} elements, when it was wrapped it had {self._sizes[name]}: "
+                "wrap again after a parameter has changed its size"
+            )
         if param.grad is None:
             param.grad = torch.zeros_like(param)
         if param.grad.layout != torch.strided:
@@ -274,6 +293,10 @@ class Reducer:
             for grad, mean in zip(grads, dense, strict=True):
                 if grad is not mean:
                     grad.copy_(mean)
+                    if (
+                        grad.dtype is torch.float16 and not grad.isfinite().all()
+                    ):  # too large for it
+                        arrival = arrival._replace(finite=False)
         return arrival
 
     @contextmanager

@@ -18,12 +18,14 @@ class UncodedBucket(CompressedBucket):
     The memory is that of Deep Gradient Compression, so steps of both kinds may follow one another.
     """
 
+    masks = False
+
     def __init__(self, memory: Memory, world_size: int) -> None:
         super().__init__(memory, world_size)
         self.pattern = DenseAllReduce()
         # Kept: new memory of this size costs as much time as a pass over it.
         numel, device = memory.v.numel() + len(memory.layout.numels) + 1, memory.v.device
-        self._payload = torch.empty(numel, device=device)
+        self._payload = torch.empty(numel, dtype=torch.float32, device=device)
 
     def density(self, step: int) -> float:
         return 1.0

@@ -7,9 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 import dgc
 from dgc.errors import ConfigError, GradientError, StateError
@@ -165,12 +170,82 @@ def refuses() -> None:
         dgc.apply_fsdp2(model, group, sgd)
 
 
+class Checkpointed(nn.Sequential):
+    """Keeps no activations: it runs each layer's forward pass again in the backward pass."""
+
+    reentrant = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.requires_grad_()
+        for layer in self:
+            x = checkpointed(layer, x, use_reentrant=self.reentrant)
+        return x
+
+
+def exchanges_once_where_activations_are_checkpointed() -> None:
+    mesh, finals = mesh_of(), []
+    for reentrant in (False, True):
+        torch.manual_seed(0)
+        model: Any = Checkpointed(nn.Linear(6, 9), nn.Linear(9, 9), nn.Linear(9, 1))
+        model.reentrant = reentrant
+        for layer in model:
+            fully_shard(layer, mesh=mesh["shard"])
+        fully_shard(model, mesh=mesh["shard"])
+        sgd: Any = torch.optim.SGD(model.parameters(), **SGD)
+        state = dgc.apply_fsdp2(model, mesh["replicate"].get_group(), sgd, EXACT)
+        for step in range(3):
+            sgd.zero_grad()
+            model(data(step)).square().mean().backward()
+            sgd.step()
+        assert state.stats()["steps"] == 3
+        finals.append(full(model))
+    assert all(map(torch.equal, *finals))
+
+
+def sets_frozen_parameters_right() -> None:
+    mesh = mesh_of()
+    model = sharded(mesh)
+    model[0].requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    sgd = torch.optim.SGD(trained, **SGD)
+    dgc.apply_fsdp2(model, mesh["replicate"].get_group(), sgd, EXACT)
+    same_on_all_ranks(model)
+
+
 def notices_a_missing_zero_grad() -> None:
     model, sgd, _ = start()
     model(data(0)).square().mean().backward()
     sgd.step()
     with pytest.raises(GradientError, match="zero_grad"):
         model(data(1)).square().mean().backward()
+
+
+def refuses_to_drop_what_is_in_the_memory() -> None:
+    model, sgd, _ = start()
+    model(data(0)).square().mean().backward()
+    sgd.zero_grad()
+    with pytest.raises(GradientError, match=r"no step\(\) was made"):
+        model(data(1)).square().mean().backward()
+
+
+def optimizer_states_are_saved_as_torch_does() -> None:
+    """It makes an empty step at rate 0 where the optimizer's own state is empty, as it is here."""
+    for adam in (False, True):
+        model, sgd, state = start(adam=adam)
+        for step in range(4):
+            if step % 2:
+                saved = get_optimizer_state_dict(model, sgd)
+                set_optimizer_state_dict(model, sgd, saved)
+            sgd.zero_grad()
+            model(data(step)).square().mean().backward()
+            sgd.step()
+        assert state.stats()["steps"] == 4
+        twin, theirs, _ = start(adam=adam)
+        for step in range(4):
+            theirs.zero_grad()
+            twin(data(step)).square().mean().backward()
+            theirs.step()
+        assert all(map(torch.equal, full(model), full(twin)))
 
 
 CHECKS = [
@@ -180,4 +255,8 @@ CHECKS = [
     skips_together,
     refuses,
     notices_a_missing_zero_grad,
+    exchanges_once_where_activations_are_checkpointed,
+    sets_frozen_parameters_right,
+    refuses_to_drop_what_is_in_the_memory,
+    optimizer_states_are_saved_as_torch_does,
 ]

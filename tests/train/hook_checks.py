@@ -288,6 +288,36 @@ def an_interrupted_step_is_not_saved() -> None:
     assert {key: group[key] for key in SGD} == SGD
 
 
+def refuses_to_drop_what_is_in_the_memory() -> None:
+    """As a GAN that clears its discriminator's gradient after its generator's backward pass."""
+    ddp = ddp_of(Net())
+    sgd = torch.optim.SGD(ddp.parameters(), **SGD)
+    dgc.register(ddp, sgd, CONFIG)
+    for step in range(2):
+        ddp(data(step)).square().mean().backward()
+        sgd.step()
+        sgd.zero_grad()
+        with ddp.no_sync():
+            ddp(data(step + 10)).square().mean().backward()
+        sgd.zero_grad()
+    ddp(data(2)).square().mean().backward()
+    sgd.zero_grad()
+    with pytest.raises(GradientError, match=r"no step\(\) was made"):
+        ddp(data(3)).square().mean().backward()
+
+
+def models_are_copied_and_pickled() -> None:
+    ddp = ddp_of(Net())
+    dgc.register(ddp, torch.optim.SGD(ddp.parameters(), **SGD), CONFIG)
+    average = torch.optim.swa_utils.AveragedModel(ddp)
+    file = io.BytesIO()
+    torch.save(ddp, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for other in (average.module, loaded):
+        same(ddp.module, other.module)
+
+
 def refuses() -> None:
     def sgd_of(net: nn.Module) -> torch.optim.SGD:
         return torch.optim.SGD(net.parameters(), **SGD)
@@ -303,6 +333,10 @@ def refuses() -> None:
     ddp = DDP(Net())
     with pytest.raises(ConfigError, match="does not train"):
         dgc.register(ddp, sgd_of(ddp.module.last))
+    net = Net()
+    DDP._set_params_and_buffers_to_ignore_for_model(net, ["extra.weight"])
+    with pytest.raises(ConfigError, match=r"DDP ignores extra\.weight"):
+        dgc.register(DDP(net), sgd_of(net))
     ddp = DDP(Net())
     with pytest.raises(ConfigError, match=r"momentum_correction=False"):
         dgc.register(ddp, torch.optim.NAdam(ddp.parameters()))
@@ -348,6 +382,8 @@ CHECKS = [
     resumes_bit_for_bit,
     takes_a_closure,
     an_interrupted_step_is_not_saved,
+    refuses_to_drop_what_is_in_the_memory,
+    models_are_copied_and_pickled,
     refuses,
     compiles,
     frozen_before_ddp_is_left_alone_and_later_refused,

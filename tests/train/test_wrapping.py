@@ -133,7 +133,9 @@ def test_clipping_before_the_mean_has_come_is_refused() -> None:
     optimizer = wrap(model)
     model(X).square().sum().backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-    with pytest.raises(GradientError, match=r"changed between backward\(\) and step\(\)"):
+    with pytest.raises(
+        GradientError, match=r"changed or cleared between backward\(\) and step\(\)"
+    ):
         optimizer.step()
     optimizer.step()  # without gradients
     optimizer.state_dict()
@@ -279,3 +281,94 @@ def test_excluded_names() -> None:
         dgc.DGC(exclude=["*.bias"])  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match=r"exclude has 'bais'"):
         wrap(make(), dgc.DGC(exclude=("bais", "*.bias")))
+
+
+def test_a_gradient_that_is_cleared_while_it_is_exchanged_drops_the_step() -> None:
+    model = make()
+    optimizer = wrap(model)
+    model(X).square().sum().backward()
+    model.zero_grad()
+    with pytest.raises(GradientError, match="changed or cleared"):
+        optimizer.step()
+    step(model, optimizer)
+
+
+def test_a_mean_that_is_not_stepped_with_is_not_dropped_in_silence() -> None:
+    model = make()
+    optimizer = wrap(model)
+    model(X).square().sum().backward()
+    optimizer.synchronize()
+    with pytest.raises(GradientError, match="inside no_sync"):
+        optimizer.zero_grad()
+    with pytest.raises(GradientError, match="a backward pass between"), optimizer.no_sync():
+        model(X).square().sum().backward()
+
+
+def test_a_parameter_of_another_size_is_refused() -> None:
+    """Compiled loops go by the sizes that they were given."""
+    model = nn.Linear(4, 300)
+    optimizer = dgc.DistributedOptimizer(sgd_of(model), model.named_parameters(), ALL)
+    step(model, optimizer)
+    model.weight.data, model.bias.data = torch.ones(30_000, 4), torch.ones(30_000)
+    optimizer.zero_grad()
+    with pytest.raises(GradientError, match="elements, when it was wrapped it had"):
+        model(X).sum().backward()
+
+
+def test_a_mean_that_fp16_does_not_hold_is_not_applied() -> None:
+    weight = nn.Parameter(torch.zeros(8, dtype=torch.float16))
+    sgd = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    optimizer = dgc.DistributedOptimizer(sgd, [("weight", weight)], ALL)
+    for _ in range(3):  # the momentum of the third is 81,300, and 65,504 is the largest number
+        optimizer.zero_grad()
+        (weight * 30_000.0).sum().backward()
+        optimizer.step()
+    assert weight.tolist() == [-8696.0] * 8
+    assert optimizer.stats()["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [dgc.Dense(), ALL, dgc.DGC(pattern="dense"), dgc.DGC(exclude=("*",))],
+    ids=["dense", "coded", "uncoded", "excluded"],
+)
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_a_gradient_that_can_be_differentiated(config: dgc.DGC | dgc.Dense) -> None:
+    model = make()
+    optimizer = dgc.DistributedOptimizer(sgd_of(model), model.named_parameters(), config)
+    model(X).square().sum().backward(create_graph=True)
+    optimizer.synchronize()
+    optimizer.step()
+    assert optimizer.stats()["steps"] == 1
+
+
+@pytest.mark.parametrize("pattern", ["all-gather", "dense", "shared-indices", "re-selecting"])
+def test_another_default_dtype_changes_nothing(pattern: str) -> None:
+    config = dgc.DGC(density=0.5, min_selected=1, pattern=pattern)
+
+    def body(comm: ThreadCommunicator) -> Tensor:
+        model = nn.Linear(4, 2, dtype=torch.float32)
+        nn.init.ones_(model.weight), nn.init.ones_(model.bias)
+        optimizer = wrap(model, config, comm)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model.weight.square().sum() * (1 + comm.rank) / 7 + model.bias.sum() / 3).backward()
+            optimizer.step()
+        return torch.cat([model.weight.detach().view(-1), model.bias.detach()])
+
+    expected = run_ranks(2, body)[0]
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            found = run_ranks(2, body)[0]
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(found, expected)
+
+
+def test_auto_with_empty_parameters_alone() -> None:
+    def body(comm: ThreadCommunicator) -> None:
+        model = nn.ParameterList([torch.empty(0), torch.empty(0, 3)])
+        wrap(model, dgc.DGC(pattern="auto"), comm)
+
+    run_ranks(2, body)
