@@ -20,6 +20,7 @@ MAX_CLASSES = 16
 
 _CHUNK = 1 << 20
 _Array = npt.NDArray[np.int64]
+_Classes = npt.NDArray[np.uint8]
 _Part = tuple[Tensor, Tensor, float]
 
 
@@ -36,8 +37,8 @@ class Blocks:
     """Classes of the rows and columns of bool `kept` `[rows, columns]`, and their blocks' counts.
 
     Attributes:
-        rows: class of each row, int64.
-        columns: class of each column, int64.
+        rows: class of each row, uint8.
+        columns: class of each column, uint8.
         counts: non-zeros of each block, int64 `[row classes, column classes]`.
         elements: all elements of each block, likewise.
         bits: length of the code, tables included, but for the coder's last word.
@@ -47,11 +48,7 @@ class Blocks:
         array = kept.numpy()  # whose sums make no wider copy
         self.rows = _classes(array.sum(1), ratio)
         self.columns = _classes(array.sum(0), ratio)
-        of_rows = [array[self.rows == a].sum(0) for a in range(self.rows.max() + 1)]
-        of_both = [
-            np.stack(of_rows)[:, self.columns == b].sum(1) for b in range(self.columns.max() + 1)
-        ]
-        self.counts = np.stack(of_both, axis=1)
+        self.counts = np.array([self._row_of_blocks(array, a) for a in range(self.rows.max() + 1)])
         sizes = [np.bincount(classes) for classes in (self.rows, self.columns)]
         self.elements = np.outer(*sizes)
         pairs = zip(self.counts.reshape(-1), self.elements.reshape(-1), strict=True)
@@ -59,16 +56,28 @@ class Blocks:
         self.bits += sum(entropy.entropy_bits([int(n) for n in size]) for size in sizes)
         self.bits += sum(entropy.entropy_bits([int(k), int(n - k)]) for k, n in pairs)
 
+    def _row_of_blocks(self, array: npt.NDArray[np.bool_], row_class: int) -> list[int]:
+        """Non-zeros of the blocks of one class of rows."""
+        sums = array[self.rows == row_class].sum(0)
+        return [int(sums[self.columns == b].sum()) for b in range(self.columns.max() + 1)]
 
-def _classes(counts: _Array, ratio: float) -> _Array:
+
+def _classes(counts: _Array, ratio: float) -> _Classes:
     """Class of each count: 0, then up to the first power of `ratio` above 1, and so on."""
     edges, edge = [1], 1.0
     while edge <= int(counts.max()):
         edge *= ratio
         edges.append(int(edge) + 1)
-    found = np.searchsorted(np.array(edges), counts, side="right")
-    found = np.unique(found, return_inverse=True)[1].reshape(-1)
-    return np.maximum(found - max(0, int(found.max()) + 1 - MAX_CLASSES), 0)
+    found = np.empty(counts.size, dtype=np.uint16)
+    used = np.zeros(len(edges) + 1, dtype=np.bool_)
+    for start in range(0, counts.size, _CHUNK):  # places among edges take 8 bytes each
+        at = np.searchsorted(np.array(edges), counts[start : start + _CHUNK], side="right")
+        found[start : start + _CHUNK] = at
+        used[at] = True
+    number = used.cumsum() - 1
+    number = np.maximum(number - max(0, int(number[-1]) + 1 - MAX_CLASSES), 0)
+    classes: _Classes = number.astype(np.uint8)[found]
+    return classes
 
 
 def best_blocks(kept: Tensor) -> Blocks:
@@ -118,8 +127,8 @@ def decode_blocks(code: bytes, rows: int, columns: int) -> Tensor:
     if start > len(code):
         raise FileError("positions end within their tables: the file is damaged")
     coder = entropy.ans_coder(code[start:])
-    of_rows = entropy.pop_ans(coder, rows, code[1:first]).long().numpy()
-    of_columns = entropy.pop_ans(coder, columns, code[first:second]).long().numpy()
+    of_rows = entropy.pop_ans(coder, rows, code[1:first]).numpy()
+    of_columns = entropy.pop_ans(coder, columns, code[first:second]).numpy()
     codes = np.frombuffer(code[second:start], dtype=np.uint8).reshape(sizes)
     kept = torch.zeros(rows, columns, dtype=torch.bool)
     for rows_, columns_, share in _parts(of_rows, of_columns, codes):
@@ -130,7 +139,7 @@ def decode_blocks(code: bytes, rows: int, columns: int) -> Tensor:
     return kept
 
 
-def _parts(of_rows: _Array, of_columns: _Array, codes: npt.NDArray[np.uint8]) -> list[_Part]:
+def _parts(of_rows: _Classes, of_columns: _Classes, codes: npt.NDArray[np.uint8]) -> list[_Part]:
     """Rows, columns and share of each block in turn, in parts of some `_CHUNK` elements."""
     parts: list[_Part] = []
     for a in range(codes.shape[0]):

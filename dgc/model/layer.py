@@ -220,6 +220,8 @@ def _blocks_of(layer: Layer) -> Blocks | None:
     if layer.codes.dim() < 2:
         return None
     kept = layer.codes.flatten(1) != 0
+    if min(kept.shape) == 1:  # classes of single elements never cost fewer bits
+        return None
     nonzeros = int(kept.count_nonzero())
     plain = entropy.entropy_bits([kept.numel() - nonzeros, nonzeros])
     if plain <= _BLOCKS_OVERHEAD:

@@ -1,6 +1,7 @@
 """Positions by blocks: round trips, code length, and totality on any bytes."""
 
 import contextlib
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -50,7 +51,18 @@ def test_counts_are_those_of_a_loop() -> None:
         counts[found.rows[i], found.columns[j]] += 1
     assert (counts == found.counts).all()
     for classes, sums in ((found.rows, kept.sum(1)), (found.columns, kept.sum(0))):
-        assert (np.diff(classes[sums.argsort().numpy()]) >= 0).all()
+        assert (np.diff(classes[sums.argsort().numpy()].astype(int)) >= 0).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1 << 20), (1 << 19, 2)])
+def test_flat_matrices_take_little_memory(shape: tuple[int, int]) -> None:
+    kept = torch.zeros(shape, dtype=torch.bool)
+    kept.view(-1)[::10] = True
+    tracemalloc.start()
+    best_blocks(kept)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 24 * kept.numel()
 
 
 def test_dead_rows_and_columns_cost_next_to_nothing() -> None:

@@ -29,6 +29,7 @@ from dgc.model import (
     save_state,
     share,
 )
+from dgc.model import layer as layer_module
 from dgc.model.constrain import constrained
 from dgc.model.layer import Decoder, Layer, encode_layers
 from tests.model.network import CODERS, Net, net
@@ -129,6 +130,16 @@ def test_rows_and_columns_that_keep_little_make_a_layer_smaller(literal: bool) -
     assert row.index_bits * kept.sum() < bits([int((~kept).sum()), int(kept.sum())]) - 8 * 30
     assert torch.equal(Decoder().layer(record).weight(), layer.weight())
     assert torch.equal(Decoder().layer(plain).codes, scattered)
+
+
+@pytest.mark.parametrize("shape", [(1, 900), (900, 1), (900, 1, 1)])
+def test_single_rows_and_columns_have_no_blocks(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(layer_module, "best_blocks")
+    codes = (torch.arange(900) % 7 == 0).to(torch.uint8).view(shape)
+    (record,) = encode_layers([Layer(codes, torch.ones(1))], "ans")
+    assert torch.equal(Decoder().layer(record).codes, codes)
 
 
 def test_small_layers_share_a_table() -> None:
