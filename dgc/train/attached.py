@@ -62,10 +62,10 @@ class Attached:
 
     def _prepare(self) -> None:
         params = self.inner.params.values()
-        grads = [local(param.grad) for param in params if param.grad is not None]
+        grads = [param.grad for param in params if param.grad is not None]
         if not self._fresh and grads:
-            groups = self.inner.optimizer.param_groups
-            if all(group["lr"] == 0 for group in groups) and not any(bool(g.any()) for g in grads):
+            still = all(group["lr"] == 0 for group in self.inner.optimizer.param_groups)
+            if still and not any(bool(local(grad).any()) for grad in grads):
                 return  # torch.distributed.checkpoint opens an optimizer's state so
             raise GradientError(
                 "step() without a synchronised backward pass since the last step: leave no_sync() "
