@@ -23,7 +23,6 @@ from dgc.train.agree import check_agreement, named_parameters_of
 from dgc.train.attached import Attached
 from dgc.train.inner import InnerStep, check_supported
 from dgc.train.momentum import local
-from dgc.train.reducer import Reducer
 
 
 class Fsdp2State(Attached):
@@ -50,11 +49,8 @@ class Fsdp2State(Attached):
         check_agreement(every, config.describe(), self.comm)
         for shard in every.values():
             self.comm.broadcast_(shard)
-        self.inner = inner = InnerStep(optimizer, params, config, self.comm.world_size, scaler)
-        self.reducer = Reducer(
-            *(shards, inner.memory_config, self.comm),
-            *(inner.row, lambda: inner.loss_scale, inner.enter_),
-        )
+        self.inner = InnerStep(optimizer, params, config, self.comm.world_size, scaler)
+        self.reducer = self.inner.reducer(shards, self.comm)
         self._shards = TorchCommunicator(_mesh(params).get_group())
         self._queued = self._arrived = False
         self._delivered = False  # .grad may still hold the mean of the step before

@@ -18,7 +18,6 @@ from dgc.train.attached import Attached
 from dgc.train.guard import Guard
 from dgc.train.inner import InnerStep, check_supported
 from dgc.train.optimizer import DistributedOptimizer
-from dgc.train.reducer import Reducer
 
 Future = torch.futures.Future[Tensor]
 
@@ -38,11 +37,8 @@ class HookState(Attached):
         _check_all_trained(model, set(params.values()))
         check_agreement(params, config.describe(), self.comm)
         self.names = {param: name for name, param in params.items()}
-        self.inner = inner = InnerStep(optimizer, params, config, self.comm.world_size, scaler)
-        self.reducer = Reducer(
-            *(params, inner.memory_config, self.comm),
-            *(inner.row, lambda: inner.loss_scale, inner.enter_),
-        )
+        self.inner = InnerStep(optimizer, params, config, self.comm.world_size, scaler)
+        self.reducer = self.inner.reducer(params, self.comm)
         self.guard = Guard(params)
         self._waiting: list[tuple[Future, Tensor]] = []
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Adam, Optimizer
 
+from dgc.comm.base import Communicator
 from dgc.config import DGC, Compression
 from dgc.errors import ConfigError, GradientError, StateError
 from dgc.train.adam import AdamSteps, check_adam
 from dgc.train.bucket import Row
 from dgc.train.momentum import Momentum, Owned, SgdMomentum
-from dgc.train.reducer import is_excluded
+from dgc.train.reducer import Reducer, is_excluded
 
 _KNOWN = (SGD, Adam)  # AdamW is an Adam
 
@@ -67,6 +68,11 @@ class InnerStep:
         """Find each parameter's group; `optimizer.load_state_dict` replaces the groups."""
         self._groups = self.optimizer.param_groups
         self._group = {p: g for g in self._groups for p in g["params"]}
+
+    def reducer(self, params: Mapping[str, Parameter], comm: Communicator) -> Reducer:
+        """What exchanges the gradients of `params` for this step."""
+        config, row, enter = self.memory_config, self.row, self.enter_
+        return Reducer(params, config, comm, row, lambda: self.loss_scale, enter)
 
     @property
     def memory_config(self) -> Compression:

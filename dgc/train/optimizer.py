@@ -116,11 +116,8 @@ class DistributedOptimizer(Optimizer):
         trained = set(self.params.values())
         every = self.params | {name: param for name, param in named if param not in trained}
         check_agreement(every, config.describe(), self.comm)
-        self.inner = inner = InnerStep(optimizer, self.params, config, self.comm.world_size, scaler)
-        self.reducer = Reducer(
-            *(self.params, inner.memory_config, self.comm),
-            *(inner.row, lambda: inner.loss_scale, inner.enter_),
-        )
+        self.inner = InnerStep(optimizer, self.params, config, self.comm.world_size, scaler)
+        self.reducer = self.inner.reducer(self.params, self.comm)
         self._syncing, self._synchronized, self._apply = True, False, True
         for tensor in [*every.values(), *(buffer for _, buffer in named_buffers)]:
             if tensor.layout == torch.strided:
