@@ -126,8 +126,13 @@ class Hierarchical(_Staged):
         self.hosts, self.code = hosts, code
 
     def start(self, comm: Communicator, payload: Tensor) -> Handle:
-        self._moved = Traffic(0, 0, payload.nbytes)
+        self._moved = Traffic(0, 0, payload.nbytes * self._shared)
         return _Then(self.hosts.inside.reduce_scatter(payload), self._rest)
+
+    @property
+    def _shared(self) -> bool:
+        """Whether anything travels inside the host."""
+        return self.hosts.inside.world_size > 1
 
     def _rest(self, part: Tensor) -> Tensor:
         """Messages uint8 `[L, H, m]`, by the place of their rank in its host, then by host."""
@@ -135,7 +140,8 @@ class Hierarchical(_Staged):
         gathered = self.hosts.between.all_gather(message).wait()
         everything = self.hosts.inside.all_gather(gathered.view(-1)).wait()
         others = self.hosts.between.world_size - 1
-        self._add(message.nbytes, others * message.nbytes, gathered.nbytes)
+        sent = message.nbytes * (others > 0)
+        self._add(sent, others * message.nbytes, gathered.nbytes * self._shared)
         return everything.view(-1, *gathered.shape)
 
 

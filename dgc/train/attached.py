@@ -25,6 +25,7 @@ class Attached:
     reducer: Reducer
     _apply = True
     _fresh = False  # a mean lies in .grad that no step has used
+    _ours = True  # and this rank's own backward pass has a part in it
 
     def attach(self) -> None:
         """From here on the optimizer's steps are prepared here."""
@@ -66,20 +67,23 @@ class Attached:
         if not self._fresh and grads:
             still = all(group["lr"] == 0 for group in self.inner.optimizer.param_groups)
             if still and not any(bool(local(grad).any()) for grad in grads):
+                self.inner.put_options()
                 return  # torch.distributed.checkpoint opens an optimizer's state so
             raise GradientError(
                 "step() without a synchronised backward pass since the last step: leave no_sync() "
                 "before the last backward pass of a step"
             )
+        if not grads:
+            self._refuse_dropped()
         if self._fresh and not self._apply:
             for param in params:
                 param.grad = None  # nothing to step with: all ranks skip
         self._fresh = False
-        self.inner.before(self.reducer.unmasked)
+        self.inner.before(self.reducer.masked)
 
     def _refuse_dropped(self) -> None:
         """Call before a mean is delivered: the one before must have been stepped with."""
-        if self._fresh and self._apply:
+        if self._fresh and self._apply and self._ours:
             raise GradientError(
                 "no step() was made with the mean of the last synchronised backward pass, and dropping "
                 "it does not take its gradient out of the memory: run a backward pass whose gradient "

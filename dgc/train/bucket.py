@@ -41,8 +41,8 @@ class Bucket(Protocol):
 
     layout: Layout
     pattern: Pattern
-    masks: bool = True
-    """Whether sending clears the momentum of what is sent, where momentum is masked."""
+    masks: float = 0.0
+    """The share of all ranks' momentum that sending an element clears."""
 
     def density(self, step: int) -> float:
         """The share of its elements that the bucket sends in training step `step`."""
@@ -90,6 +90,7 @@ class CompressedBucket(Bucket):
         self.memory, self.world_size = memory, world_size
         self.layout, self.config = memory.layout, memory.config
         self.pattern: Pattern = CodedAllGather()
+        self.masks = self.config.momentum_masking / world_size
         self._sender, self._receiver = Sender(memory), Receiver()
         self._sent: Sent | None = None
         self._expected: Expected | None = None
@@ -161,7 +162,7 @@ class DenseBucket(Bucket):
         if grads is None:
             return payload.fill_(torch.nan)
         for out, grad, row in zip(self.layout.split(payload[:numel]), grads, rows, strict=True):
-            torch.mul(grad.reshape(-1), row.gain / self.world_size, out=out)
+            torch.mul(grad.reshape(-1).float(), row.gain / self.world_size, out=out)
         payload[numel:] = torch.tensor(used, device=device)
         return payload
 

@@ -145,18 +145,18 @@ def coding_of(comm: Communicator, sizes: Sequence[tuple[int, ...]], config: DGC)
 
 
 def _sample(numels: tuple[int, ...]) -> tuple[int, ...]:
-    """As many of the tensors as fit; a part of the first if it does not.
+    """As many elements as fit, tensor by tensor; a part of the last.
 
     Example:
-        >>> _sample((10, 20, 1 << 23)), _sample((1 << 23,)) == (1 << 22,)
-        ((10, 20), True)
+        >>> _sample((10, 20, 1 << 23))
+        (10, 20, 4194274)
     """
     kept: list[int] = []
     for numel in numels:
-        if sum(kept) + numel > _SAMPLE:
+        kept.append(min(numel, _SAMPLE - sum(kept)))
+        if sum(kept) == _SAMPLE:
             break
-        kept.append(numel)
-    return tuple(kept) or (_SAMPLE,)
+    return tuple(kept)
 
 
 def predict(

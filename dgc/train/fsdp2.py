@@ -52,8 +52,9 @@ class Fsdp2State(Attached):
         self.inner = InnerStep(optimizer, params, config, self.comm.world_size, scaler)
         self.reducer = self.inner.reducer(shards, self.comm)
         self._shards = TorchCommunicator(_mesh(params).get_group())
+        self.reducer.agree = self._all_finite
         self._queued = self._arrived = False
-        self._delivered = False  # .grad may still hold the mean of the step before
+        self._stale = self._delivered = False  # .grad may still hold the mean of the step before
         for param in params.values():
             param.register_post_accumulate_grad_hook(self._reduced)
         model.register_forward_hook(self._after_forward)
@@ -65,15 +66,9 @@ class Fsdp2State(Attached):
                 leaf.register_hook(self._before_backward)
 
     def _before_backward(self, _: Tensor) -> None:
-        delivered, self._delivered = self._delivered, False
-        if delivered and any(
+        self._stale = self._delivered and any(
             p.grad is not None and bool(local(p.grad).any()) for p in self.params.values()
-        ):
-            raise GradientError(
-                "a backward pass would add to gradients that already hold the mean of the step "
-                "before: call optimizer.zero_grad() after each step, and run all but the last "
-                "backward pass of a step with model.set_requires_gradient_sync(False)"
-            )
+        )
         self._queue()
 
     def _queue(self) -> None:
@@ -96,11 +91,16 @@ class Fsdp2State(Attached):
         arrived, self._queued, self._arrived = self._arrived, False, False
         if not arrived:
             return
+        if self._stale:
+            raise GradientError(
+                "a backward pass added to gradients that already hold the mean of the step before: "
+                "call optimizer.zero_grad() after each step, and run all but the last backward pass of "
+                "a step with model.set_requires_gradient_sync(False)"
+            )
         self._refuse_dropped()
         shards = self.reducer.params
         for name, param in self.params.items():
             shards[name].grad = None if param.grad is None else local(param.grad)
-        self._spread_nonfinite()
         self._apply = self.reducer.finish()
         self.inner.exchanged()
         for name, param in self.params.items():
@@ -108,13 +108,10 @@ class Fsdp2State(Attached):
             param.grad = None if grad is None else _like(grad, param)
         self._fresh = self._delivered = True
 
-    def _spread_nonfinite(self) -> None:
+    def _all_finite(self, finite: bool) -> bool:
         """A step is skipped for all shards or for none."""
-        grads = [p.grad for p in self.reducer.params.values() if p.grad is not None]
-        bad = torch.stack([~grad.isfinite().all() for grad in grads]).any()
-        if bool(self._shards.all_reduce(bad.to(torch.int64).view(1)).wait().any()):
-            for grad in grads:
-                grad.fill_(torch.nan)
+        bad = torch.tensor([not finite], dtype=torch.int64, device=self._shards.device)
+        return not self._shards.all_reduce(bad).wait().any()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's memory of its own shards: plain tensors, numbers, strings."""

@@ -57,6 +57,7 @@ class HierarchicalBucket(CompressedBucket):
     def __init__(self, memory: Memory, hosts: Hosts) -> None:
         super().__init__(memory, hosts.inside.world_size * hosts.between.world_size)
         self.hosts, self.pattern = hosts, Hierarchical(hosts, self._message)
+        self.masks *= hosts.inside.world_size  # one u has the momentum of a whole host
         ranks, numel = hosts.inside.world_size, self.layout.offsets[-1]
         self.room = -(-numel // ranks)
         self.starts = [min(i * self.room, numel) for i in range(ranks + 1)]
@@ -98,7 +99,7 @@ class HierarchicalBucket(CompressedBucket):
             flat.fill_(torch.nan)
         else:
             for out, grad, row in zip(self.layout.split(flat), grads, rows, strict=True):
-                torch.mul(grad.reshape(-1), row.gain, out=out)
+                torch.mul(grad.reshape(-1).float(), row.gain, out=out)
         for row_, start, stop in zip(payload, self.starts, self.starts[1:], strict=False):
             row_[: stop - start] = flat[start:stop]
         return payload

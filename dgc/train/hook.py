@@ -70,9 +70,10 @@ class HookState(Attached):
             raise self._parted("does not exchange", self.inner.params[missing[0]], "was trained")
         waiting, self._waiting = self._waiting, []
         self.guard.check()
-        if self.guard.used:  # a rank that has joined takes part without a step of its own
+        ours = bool(self.guard.used)  # a rank that has joined takes part without a step of its own
+        if ours:
             self._refuse_dropped()
-        self._apply = self.reducer.finish()
+        self._apply, self._ours = self.reducer.finish(), ours
         self.inner.exchanged()
         self.guard.delivered()
         self._fresh = True

@@ -51,8 +51,7 @@ class InnerStep:
         self.optimizer, self.params, self.config, self.scaler = optimizer, params, config, scaler
         self.owns_momentum = isinstance(config, DGC) and config.momentum_correction
         self.regroup()
-        masking = isinstance(config, DGC) and config.momentum_masking
-        self.local: Momentum = SgdMomentum(masked=masking / world_size)
+        self.local: Momentum = SgdMomentum()
         self.adam = AdamSteps(world_size)
         if self.owns_momentum and isinstance(optimizer, Adam):
             self.local = self.adam
@@ -60,7 +59,7 @@ class InnerStep:
         self._last_lr: dict[int, float] = {}  # that was not 0
         self._with_momentum: set[str] = set()  # had a step: dampening starts with the second
         self._loss_scale: float | None = None
-        self._unmasked: set[str] = set()  # in this step
+        self._masked: Mapping[str, float] = {}  # in this step
         # Of each group what `before` replaced, and by what.
         self._replaced: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
 
@@ -131,14 +130,15 @@ class InnerStep:
     def _divisor(self, group: dict[str, Any]) -> float:
         """The rate at which what arrives is applied.
 
-        At rate 0 nothing enters. SGD still applies what is left over, with step 1; others, for which
-        a step of 1 has another meaning, do not move, and it enters their moments.
+        At rate 0 nothing enters. SGD whose momentum is here still applies what is left over, with
+        step 1; others, for which a step of 1 has another meaning, do not move, and it enters their
+        moments.
         """
         lr = float(group["lr"])
         if lr:
             self._last_lr[id(group)] = lr
             return lr
-        return 1.0 if isinstance(self.optimizer, SGD) else self._last_lr.get(id(group), 1.0)
+        return 1.0 if self._at_rate_0_with_1 else self._last_lr.get(id(group), 1.0)
 
     def _group_of(self, name: str) -> dict[str, Any]:
         param = self.params[name]
@@ -148,11 +148,11 @@ class InnerStep:
         return group
 
     @torch.no_grad()
-    def before(self, unmasked: set[str]) -> None:
+    def before(self, masked: Mapping[str, float]) -> None:
         """Add the local share to `.grad` and set the options of this step; `after` restores them.
 
         Args:
-            unmasked: the names whose momentum sending did not mask in this step.
+            masked: of each name, what `Reducer.masked` says of this step.
 
         Raises:
             GradientError: a gradient of a parameter that is not exchanged.
@@ -160,11 +160,15 @@ class InnerStep:
         self.after()  # a step that raised did not get there
         self.regroup()
         self._refuse_local_gradients()
-        self._unmasked = unmasked
+        self._masked = masked
         if self.owns_momentum:
             moved = [name for name, param in self.params.items() if param.grad is not None]
             self._with_momentum.update(moved)
             self.local.local_([self._owned(name) for name in moved])
+        self.put_options()
+
+    def put_options(self) -> None:
+        """Set the options of this step alone; `after` restores them."""
         for group in self.optimizer.param_groups:
             put = self.local.without(group) if self.owns_momentum else {}
             if self._steps_with_one(group):
@@ -198,12 +202,16 @@ class InnerStep:
         excluded, scale = is_excluded(name, self.config), 1.0 - self._steps_with_one(group)
         if self._adds_steps and isinstance(self.config, DGC) and not self.config.fold_lr:
             scale = float(group["lr"])
-        masked = name not in self._unmasked
+        masked = self._masked.get(name, 0.0)
         return Owned(name, self.params[name], group, excluded, masked, scale)
 
     def _steps_with_one(self, group: dict[str, Any]) -> bool:
         """Whether what arrived is applied as it is, as the learning rate was 0 when it was sent."""
-        return isinstance(self.optimizer, SGD) and self._sent_lr.get(id(group)) == 0
+        return self._at_rate_0_with_1 and self._sent_lr.get(id(group)) == 0
+
+    @property
+    def _at_rate_0_with_1(self) -> bool:
+        return self.owns_momentum and isinstance(self.optimizer, SGD)
 
     def state_dict(self) -> dict[str, Any]:
         """What the wrapped optimizer's own state lacks, by parameter name."""

@@ -68,10 +68,9 @@ class Memory:
 
     def put_back_(self, batch: SparseBatch, sent: Tensor, cleared: Tensor | None) -> None:
         """Undo `release_`, to rounding: the message was not applied by anybody."""
-        if not self.config.local_accumulation:
-            return
         places = self._places(batch)
-        self.add_(places, sent)
+        if self.config.local_accumulation:
+            self.add_(places, sent)
         if cleared is not None and self.u is not None:
             self.u[places] = cleared
 

@@ -23,8 +23,8 @@ class Owned(NamedTuple):
     group: dict[str, Any]
     excluded: bool = False
     """Whether what arrives is the mean of whole gradients, and still needs momentum."""
-    masked: bool = True
-    """Whether sending masked momentum in this step."""
+    masked: float = 0.0
+    """The share of all ranks' momentum that was cleared where an element was sent in this step."""
     scale: float = 1.0
     """Factor of the local share: 0 where the rate is 0 and the optimizer is stepped with 1."""
 
@@ -78,11 +78,9 @@ class SgdMomentum(Momentum):
         g̅ ← g̅ + b                           Nesterov: + d + m·b
         b ← (1 − masked)·b where g̅ arrived   not if excluded, or sent without masking
 
-    The last line is momentum factor masking, as if each rank's u held its share of b. Without it the
-    decay is up to 1/(1 − m) times too strong where elements are sent often (docs/log.md, 2026-11-25).
-
-    Args:
-        masked: 1/N with momentum factor masking, else 0.
+    The last line is momentum factor masking, as if each rank's u held its share of b: `masked` is 1/N,
+    or what `Bucket.masks` says. Without it the decay is up to 1/(1 − m) times too strong where elements
+    are sent often (docs/log.md, 2026-11-25).
 
     Attributes:
         buffers: b by parameter name, with the parameter's shape and dtype.
@@ -90,9 +88,8 @@ class SgdMomentum(Momentum):
 
     in_memory = True
 
-    def __init__(self, masked: float) -> None:
+    def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
-        self.masked = masked
 
     def row(self, param: Parameter, group: dict[str, Any], *, first: bool) -> Row:
         # Without momentum torch takes no dampening either.
@@ -116,7 +113,7 @@ class SgdMomentum(Momentum):
             elif group["weight_decay"]:
                 gain = self._opened(each)
                 options = group["weight_decay"], group["momentum"], gain, group["nesterov"]
-                rows.append((*options, scale, 1 - self.masked * each.masked))
+                rows.append((*options, scale, 1 - each.masked))
                 decaying.append(each)
         if decaying:
             kernels.decay_(

@@ -194,7 +194,7 @@ class DistributedOptimizer(Optimizer):
         self._synchronized = False
         if not self._apply:
             return
-        self.inner.before(self.reducer.unmasked)
+        self.inner.before(self.reducer.masked)
         try:
             self.optimizer.step()
         finally:

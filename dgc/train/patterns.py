@@ -105,7 +105,7 @@ class AutoBucket(Bucket):
         return self._now.pattern
 
     @property
-    def masks(self) -> bool:  # type: ignore[override]
+    def masks(self) -> float:  # type: ignore[override]
         return self._now.masks
 
     def density(self, step: int) -> float:

@@ -41,6 +41,9 @@ class Reducer:
         rows: how the gradient of a parameter enters the memory now.
         loss_scale: by what the gradients of this step are too large.
         enter: what enters the memory for the gradients of a bucket that are used, and how.
+
+    Attributes:
+        agree: from whether this step is finite here to whether it is wherever the model is stepped.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Reducer:
     ) -> None:
         self.params, self.config, self.comm = dict(params), config, comm
         self.rows, self.loss_scale, self._enter = rows, loss_scale, enter
+        self.agree: Callable[[bool], bool] = lambda finite: finite
         self.names = plan(self.params, config)
         self._patterns = self._make_patterns()
         self.buckets = [self._bucket(names) for names in self.names]
@@ -71,7 +75,7 @@ class Reducer:
         self._unused: set[str] = set()
         self._missing = [len(names) for names in self.names]
         self._started: list[tuple[Handle, list[Row], int, float]] = []
-        self._sent: dict[str, int] = {}  # versions of `.grad` when its bucket was started
+        self._sent: dict[str, tuple[Tensor, int]] = {}  # `.grad` and its version when it was sent
         self._clip_scale: float | None = None
 
     def _make_patterns(self) -> Patterns | None:
@@ -96,10 +100,10 @@ class Reducer:
         return bool(self._ready)
 
     @property
-    def unmasked(self) -> set[str]:
-        """The parameters whose momentum was not masked when they were sent last."""
+    def masked(self) -> dict[str, float]:
+        """The share of all ranks' momentum that the last exchange cleared where it sent an element."""
         pairs = zip(self.names, self.buckets, strict=True)
-        return {name for names, bucket in pairs if not bucket.masks for name in names}
+        return {name: bucket.masks for names, bucket in pairs for name in names}
 
     @property
     def missing(self) -> list[str]:
@@ -155,7 +159,7 @@ class Reducer:
                 "it was exchanged: to clip the mean call optimizer.synchronize() first, or give clip_norm. "
                 "This step is dropped"
             )
-        finite = all(arrival.finite for arrival in arrivals)
+        finite = self.agree(all(arrival.finite for arrival in arrivals))
         for names, bucket, arrival in zip(self.names, self.buckets, arrivals, strict=True):
             if finite:
                 bucket.applied_()
@@ -182,13 +186,11 @@ class Reducer:
         return grad
 
     def _changed(self) -> list[str]:
-        """The names whose gradient was written to, or taken away, since it was sent."""
-        found = {name: self._own(name) for name in self._sent}
+        """The names whose gradient was written to, replaced or taken away since it was sent."""
         return [
             name
-            for name, grad in found.items()
-            if self.params[name].grad is None
-            or (grad is not None and grad._version != self._sent[name])
+            for name, (grad, version) in self._sent.items()
+            if self.params[name].grad is not grad or grad._version != version
         ]
 
     def _drop(self) -> None:
@@ -229,7 +231,7 @@ class Reducer:
         handle = bucket.pattern.start(self.comm, payload)
         self._started.append((handle, rows, payload.nbytes, started))
         self._sent |= {
-            name: grad._version for name in names if (grad := self._own(name)) is not None
+            name: (grad, grad._version) for name in names if (grad := self._own(name)) is not None
         }
 
     def _let_enter(

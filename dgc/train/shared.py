@@ -25,6 +25,7 @@ class SharedBucket(CompressedBucket):
     def __init__(self, memory: Memory, world_size: int, rank: int) -> None:
         super().__init__(memory, world_size)
         self.rank = rank
+        self.masks *= world_size  # all ranks send the same elements
         self.pattern: SharedIndices = SharedIndices(self._values)
 
     def send(

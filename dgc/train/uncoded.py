@@ -18,11 +18,9 @@ class UncodedBucket(CompressedBucket):
     The memory is that of Deep Gradient Compression, so steps of both kinds may follow one another.
     """
 
-    masks = False
-
     def __init__(self, memory: Memory, world_size: int) -> None:
         super().__init__(memory, world_size)
-        self.pattern = DenseAllReduce()
+        self.pattern, self.masks = DenseAllReduce(), 0.0
         # Kept: new memory of this size costs as much time as a pass over it.
         numel, device = memory.v.numel() + len(memory.layout.numels) + 1, memory.v.device
         self._payload = torch.empty(numel, dtype=torch.float32, device=device)

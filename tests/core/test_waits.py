@@ -121,7 +121,7 @@ def test_the_optimizers_share_does_not_wait(kind: Any, waits: Waits) -> None:
             for param, grad in zip(params, entering, strict=True):
                 param.grad = grad
             waits.mark(*params, *entering)
-            inner.before(set())
+            inner.before({})
             inner.after()
         if step == 0:  # short tables, kept
             assert set(waits.found) <= {"to"}

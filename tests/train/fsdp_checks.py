@@ -216,8 +216,24 @@ def notices_a_missing_zero_grad() -> None:
     model, sgd, _ = start()
     model(data(0)).square().mean().backward()
     sgd.step()
+    inputs = data(1).requires_grad_()
+    torch.autograd.grad(model(inputs).sum(), inputs)  # adds to none
     with pytest.raises(GradientError, match="zero_grad"):
         model(data(1)).square().mean().backward()
+
+
+def skips_together_what_fp16_does_not_hold() -> None:
+    mesh = mesh_of()
+    model: Any = nn.Linear(4, 4, bias=False).half()
+    fully_shard(model, mesh=mesh["shard"])
+    sgd = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    state = dgc.apply_fsdp2(model, mesh["replicate"].get_group(), sgd, EXACT)
+    for _ in range(3):  # only the first two rows, which are one shard, are too large in the end
+        sgd.zero_grad()
+        (model(torch.eye(4).half())[:, :2] * 30_000.0).sum().backward()
+        sgd.step()
+    assert state.stats()["skipped_steps"] == 1
+    assert all(p.isfinite().all() for p in full(model))
 
 
 def refuses_to_drop_what_is_in_the_memory() -> None:
@@ -240,6 +256,7 @@ def optimizer_states_are_saved_as_torch_does() -> None:
             model(data(step)).square().mean().backward()
             sgd.step()
         assert state.stats()["steps"] == 4
+        assert adam or not any("momentum_buffer" in each for each in sgd.state.values())
         twin, theirs, _ = start(adam=adam)
         for step in range(4):
             theirs.zero_grad()
@@ -257,6 +274,7 @@ CHECKS = [
     notices_a_missing_zero_grad,
     exchanges_once_where_activations_are_checkpointed,
     sets_frozen_parameters_right,
+    skips_together_what_fp16_does_not_hold,
     refuses_to_drop_what_is_in_the_memory,
     optimizer_states_are_saved_as_torch_does,
 ]

@@ -159,12 +159,13 @@ def joins_uneven_inputs() -> None:
     ddp = ddp_of(Net())
     sgd = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9)
     state = dgc.register(ddp, sgd, CONFIG)
-    with ddp.join():
-        for step in range(3 + 2 * dist.get_rank()):
-            sgd.zero_grad()
-            ddp(data(step)).square().mean().backward()
-            sgd.step()
-    assert state.stats()["steps"] == 5
+    for _ in range(2):
+        with ddp.join():
+            for step in range(3 + 2 * dist.get_rank()):
+                sgd.zero_grad()
+                ddp(data(step)).square().mean().backward()
+                sgd.step()
+    assert state.stats()["steps"] == 10
     same_on_all_ranks(ddp)
 
 
@@ -302,6 +303,8 @@ def refuses_to_drop_what_is_in_the_memory() -> None:
         sgd.zero_grad()
     ddp(data(2)).square().mean().backward()
     sgd.zero_grad()
+    with pytest.raises(GradientError, match=r"no step\(\) was made"):
+        sgd.step()
     with pytest.raises(GradientError, match=r"no step\(\) was made"):
         ddp(data(3)).square().mean().backward()
 

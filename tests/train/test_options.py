@@ -48,6 +48,41 @@ def test_weight_decay_is_as_strong_where_nothing_is_masked(ranks: int, start: st
     assert dense[0].mean() < 0.9
 
 
+@pytest.mark.parametrize(("pattern", "workers"), [("hierarchical", 2), ("shared-indices", 1)])
+def test_weight_decay_goes_by_what_is_masked(pattern: str, workers: int) -> None:
+    """At density 1 two hosts of two ranks are two workers, and ranks that send the same are one."""
+
+    def body(comm: ThreadCommunicator, name: str, each: int) -> Tensor:
+        config = dgc.DGC(density=1.0, value_bits=32, pattern=name)
+        model, _, optimizer = wrapped(config, comm)
+        for number in range(40):
+            drawn = [
+                torch.randn(1, 1000, generator=torch.Generator().manual_seed(100 * number + rank))
+                for rank in range(each * comm.rank, each * (comm.rank + 1))
+            ]
+            step(model, optimizer, torch.stack(drawn).mean(dim=0))
+        return model.weight.detach()
+
+    found = run_ranks(4, lambda comm: body(comm, pattern, 1), per_host=2)
+    expected = run_ranks(workers, lambda comm: body(comm, "all-gather", 4 // workers))
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("exclude", [(), ("*",)])
+@pytest.mark.parametrize("correction", [False, True])
+def test_nothing_leaps_where_the_rate_is_0(exclude: tuple[str, ...], correction: bool) -> None:
+    config = dgc.DGC(
+        density=1.0, value_bits=32, fold_lr=True, exclude=exclude, momentum_correction=correction
+    )
+    model, sgd, optimizer = wrapped(config)
+    for rate in (0.01, 0.01, 0.0, 0.01):
+        sgd.param_groups[0]["lr"] = rate
+        before = model.weight.detach().clone()
+        step(model, optimizer, torch.ones(1, 1000))
+        moved = (model.weight - before).abs().max()
+        assert moved < 1e-7 if rate == 0 else 0.009 < moved < 0.05
+
+
 def test_a_rate_set_by_a_hook_of_the_step_stays() -> None:
     model, sgd, optimizer = wrapped(dgc.DGC())
     schedule = torch.optim.lr_scheduler.ExponentialLR(sgd, 0.5)
@@ -65,7 +100,7 @@ def test_options_given_after_an_interrupted_step_stay(how: str) -> None:
     model, sgd, optimizer = wrapped(dgc.DGC())
     step(model, optimizer, torch.ones(1, 1000))
     saved = sgd.state_dict()
-    optimizer.inner.before(set())  # and its step never comes
+    optimizer.inner.before({})  # and its step never comes
     assert sgd.param_groups[0]["momentum"] == 0
     if how == "set":
         sgd.param_groups[0]["lr"] = 0.5
