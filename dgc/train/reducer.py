@@ -295,10 +295,8 @@ class Reducer:
             for grad, mean in zip(grads, dense, strict=True):
                 if grad is not mean:
                     grad.copy_(mean)
-                    if (
-                        grad.dtype is torch.float16 and not grad.isfinite().all()
-                    ):  # too large for it
-                        arrival = arrival._replace(finite=False)
+                    if grad.dtype is torch.float16 and not grad.isfinite().all():
+                        arrival = arrival._replace(finite=False)  # it holds no more than 65,504
         return arrival
 
     @contextmanager
