@@ -2,7 +2,7 @@
 
 
 def varint(number: int) -> bytes:
-    """LEB128 of a number of 0 or more: seven bits a byte, lowest first, the top bit set on all but the last.
+    """LEB128, of 0 or more: seven bits a byte, lowest first, the top bit set on all but the last.
 
     Example:
         >>> varint(300).hex()
