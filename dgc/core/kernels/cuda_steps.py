@@ -114,7 +114,7 @@ def precondition(
 @triton.jit  # type: ignore[untyped-decorator]
 def decay(
     grads: "Any",
-    params: "Any",
+    weights: "Any",
     buffers: "Any",
     rows: "Any",
     owners: "Any",
@@ -125,7 +125,7 @@ def decay(
     """One block of `reference.decay_`."""
     t, at, inside = _block(owners, firsts, numels, BLOCK)
     g = _of(grads, t) + at
-    p = _of(params, t) + at
+    p = _of(weights, t) + at
     buffer = _of(buffers, t) + at
     row = rows + 6 * t
     momentum, nesterov = tl.load(row + 1), tl.load(row + 3) != 0
