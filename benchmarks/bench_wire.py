@@ -17,16 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import medians_ms, save, table
+from benchmarks.harness import interpret_triton, medians_ms, save, table
 from benchmarks.shapes import resnet50
 from dgc.core import Sparse, SparseBatch, num_selected, select_topk
-from dgc.core.kernels import codec_torch
 from dgc.core.kernels.codec_reference import dequantize, quantize
 from dgc.core.quantize import VALUE_BITS
-from dgc.core.rice import rice_code
-from dgc.core.varint import varint
 from dgc.train import wire
-from dgc.train.frame import CHECKSUM_BYTES, frame_head, max_frame_bytes
+from dgc.train.assemble import encode_rice
+from dgc.train.frame import max_frame_bytes, read_frame
 
 NUMEL = 25_557_032
 BUCKET_BYTES = 25 << 20
@@ -49,14 +47,12 @@ def batch_of(gradient: Tensor, numels: Sequence[int], density: float) -> SparseB
 
 def rice_bytes(batch: SparseBatch, value_bits: int) -> tuple[int, int]:
     """The message as a GPU makes it: its own bytes, and those with padding."""
-    count = sum(batch.counts)
-    code = rice_code(sum(batch.numels), count)
-    coded = codec_torch.encode(batch, torch.tensor(True), code, value_bits)
-    assert int(coded.num_values) == count, "a value had no room"
-    head = frame_head(batch.numels, value_bits, 0, None, rice=True) + varint(count)
-    body = sum(int(section.size) for section in coded.sections)
+    interpret_triton()
     padded = max_frame_bytes(batch.numels, batch.counts, value_bits, rice=True)
-    return len(head) + body + CHECKSUM_BYTES, padded
+    message, _ = encode_rice(batch, value_bits, message_bytes=padded)
+    header, _ = read_frame(message.numpy(), batch.numels)
+    assert header.num_values == sum(batch.counts), "a value had no room"
+    return header.message_bytes, padded
 
 
 def size_row(batch: SparseBatch, density: float, value_bits: int) -> dict[str, object]:

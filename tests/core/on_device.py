@@ -18,6 +18,14 @@ LAUNCHED = {
         *("check", "advance", "count_digits", "pick_digit", "count_ties", "collect", "subtract"),
     ),
     "cuda_steps": ("squares_finite", "precondition", "decay"),
+    "trim_kernels": (
+        *("start", "judge", "key_by_place", "key_by_magnitude", "mark", "take", "remember"),
+    ),
+    "fit_kernels": ("find_bounds", "fill_histogram", "find_levels", "give_codes"),
+    "encode_kernels": (
+        *("hold", "move_front", "add_quotients", "judge_room", "hold_what_fits", "split_gaps"),
+        *("begin", "pack", "place_ones", "finish"),
+    ),
     "decode_kernels": (
         "read_frames",
         "measure",
@@ -25,7 +33,6 @@ LAUNCHED = {
         "finish",
         "clear",
         "add_values",
-        "put",
         "checksum",
     ),
 }

@@ -13,6 +13,7 @@ from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from dgc.core.kernels import cuda_kernels, cuda_steps, cuda_tables, decode_kernels, decode_torch
+from dgc.core.kernels import encode_kernels, fit_kernels, trim_kernels
 from dgc.core.quantize import VALUE_BITS, parameter_bytes
 
 
@@ -27,7 +28,7 @@ def assembly(kernel, types, constants):
 
 # A launch first calls a function that Triton makes of the arguments' names, beside its own names.
 backend = make_backend(GPUTarget("cuda", 80, 32))
-for module in (cuda_kernels, cuda_steps, decode_kernels):
+for module in (cuda_kernels, cuda_steps, decode_kernels, encode_kernels, fit_kernels, trim_kernels):
     for kernel in vars(module).values():
         if isinstance(kernel, JITFunction):
             bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -38,7 +39,6 @@ assembly(cuda_kernels.check, {}, block)
 assembly(cuda_kernels.pick_digit, {}, {})
 assembly(decode_kernels.clear, {}, block)
 bytes_ = {"message": "*u8", "data": "*u8", **dict.fromkeys(("width", "runs", "stride"), "i32")}
-assembly(decode_kernels.put, bytes_, block)
 assembly(decode_kernels.checksum, bytes_, {"RUN": 256})
 for state, update, momentum in (("*fp32", True, True), ("*i16", True, True), ("*i16", False, False)):
     types = {"u": state, "v": state, "rows": "*fp32", "low": "*i32", "what": "*fp32"}
@@ -58,6 +58,37 @@ for kernel in (cuda_steps.squares_finite, cuda_steps.precondition, cuda_steps.de
     assert "fma." not in ptx and ".ftz" not in ptx and "approx" not in ptx and "div.full" not in ptx
     if kernel is cuda_steps.precondition:
         assert "sqrt.rn.f32" in ptx and "div.rn.f32" in ptx
+
+floats = dict.fromkeys(("thresholds", "values", "ordered"), "*fp32") | {"low": "*i32"}
+for known in (False, True):
+    assembly(trim_kernels.start, floats, {"KNOWN": known})
+assembly(trim_kernels.judge, floats, {})
+for places in ("*i32", "*i64"):
+    assembly(trim_kernels.key_by_place, {"keys": places}, block)
+    assembly(trim_kernels.take, {"places": places, "marks": "*i32", **floats}, block)
+assembly(trim_kernels.key_by_magnitude, floats, block)
+assembly(trim_kernels.mark, {"marks": "*i32"}, block)
+ptx = assembly(trim_kernels.remember, floats, {})
+
+slots = {"values": "*fp32", "decoded": "*fp32", "held": "*i32", "parameters": "*i16", "num_tensors": "i32"}
+assembly(fit_kernels.find_bounds, slots, block)
+for bits in VALUE_BITS:
+    assembly(fit_kernels.give_codes, slots, {"VALUE_BITS": bits, **block})
+    search, levels = bits in (2, 3, 4), 1 << (bits - 1)
+    if bits < 32:
+        bins = {"BIN_BITS": 7 if search else 0}
+        assembly(fit_kernels.fill_histogram, slots, {**bins, **block})
+        ptx += assembly(fit_kernels.find_levels, slots, {"LEVELS": levels, "SEARCH": search, **bins})
+assert "fma." not in ptx and ".ftz" not in ptx
+
+bytes_ = {"message": "*u8", "head": "*u8", "parameters": "*u8", "words": "*i32", "finite": "*i1"}
+numbers = dict.fromkeys(("low_bits", "head_bytes", "num_tensors", "slots", "width"), "i32")
+types = slots | bytes_ | numbers | {"room": "i64"}
+for kernel in ("hold", "move_front", "add_quotients", "hold_what_fits", "split_gaps", "pack", "place_ones"):
+    assembly(getattr(encode_kernels, kernel), types, block)
+assembly(encode_kernels.judge_room, types, {})
+assembly(encode_kernels.finish, types, {})
+assembly(encode_kernels.begin, types, {"VALUE_BITS": 4, "NOT_FINITE": 8, **block})
 
 block = {"BLOCK": decode_torch.BLOCK}
 sizes = dict.fromkeys(("width", "head_bytes", "num_tensors", "slots", "low_bits"), "i32")

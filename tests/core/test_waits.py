@@ -26,13 +26,13 @@ NUMELS = (3, 5000, 70, 9000)
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     use_device_path(monkeypatch)
-    from dgc.core.kernels import codec_torch, cuda, cuda_message, cuda_tables, decode_torch
+    from dgc.core.kernels import codec_cuda, cuda, cuda_message, cuda_tables, decode_torch
     from dgc.train import arrive
 
     caches = (
         cuda_tables.blocks_of,
         cuda._wanted,
-        codec_torch._table,
+        codec_cuda._slots,
         decode_torch._ends,
         arrive._head,
     )

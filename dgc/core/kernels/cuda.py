@@ -16,13 +16,14 @@ Results equal those of `reference` bit for bit. Shapes: T tensors, n elements, B
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dgc.core.kernels import cuda_kernels as triton_kernels
-from dgc.core.kernels import cuda_steps, decode_torch
+from dgc.core.kernels import cuda_steps, decode_torch, trim_kernels
+from dgc.core.kernels.cuda_radix import find_kth_
 from dgc.core.kernels.cuda_tables import BLOCK, Blocks, blocks_of, uploaded
 from dgc.core.kernels.cuda_trim import Candidates, Wanted, remember_, room, target, trim
 from dgc.core.layout import Layout
@@ -33,10 +34,6 @@ precondition_, decay_ = cuda_steps.precondition_, cuda_steps.decay_
 
 WARPS = 8
 """Of a program that updates the state: with `BLOCK` the fastest of what was tried on an H100."""
-NOTHING = 0x7FFFFFFF
-"""A threshold, as bits, that no element reaches."""
-_SHIFTS = (24, 16, 8, 0)
-"""Where the digits of a bit pattern begin, the highest first."""
 
 
 @lru_cache(maxsize=1024)
@@ -48,22 +45,28 @@ def _wanted(counts: tuple[int, ...], numels: tuple[int, ...], device: torch.devi
     rows = torch.tensor([counts, aims, capacities, starts], dtype=torch.int64).view(4, -1)
     edges = torch.tensor([*starts, total], dtype=torch.int64)
     wanted, aimed, rooms, first = rows.to(device).unbind()
-    return Wanted(wanted, aimed, rooms, first, edges.to(device), total)
+    blocks = blocks_of(tuple(capacities), device)
+    return Wanted(wanted, aimed, rooms, first, edges.to(device), blocks, total)
 
 
 class _Found(NamedTuple):
     """What a pass left, on the device.
 
     Attributes:
-        finite: bool `[]`; if not, nothing was written.
+        bad: int64 `[1]`, whether a gradient is not finite; then nothing was written.
         passed: int64 `[T]`, how many elements of each tensor reached its threshold.
         where, what: places and values, those of a tensor from the edge of its buffer on.
     """
 
-    finite: Tensor
+    bad: Tensor
     passed: Tensor
     where: Tensor
     what: Tensor
+
+    @property
+    def finite(self) -> Tensor:
+        """Bool `[]`."""
+        return self.bad[0] == 0
 
 
 def squared_norm(grads: Sequence[Tensor]) -> float:
@@ -154,18 +157,28 @@ def _pass(
     """Check, update and collect, and collect again what was not collected well."""
     device = v.device
     blocks, wanted = blocks_of(layout.numels, device), _wanted(counts, layout.numels, device)
-    low = _bits(wanted, blocks.numels, thresholds)
     # The last element counts gradients that are not finite.
     report = torch.zeros(len(counts) + 1, dtype=torch.int64, device=device)
-    where = torch.zeros(wanted.total, dtype=torch.int64, device=device)
-    what = torch.zeros(wanted.total, device=device)
+    where = torch.empty(wanted.total, dtype=torch.int64, device=device)
+    what = torch.empty(wanted.total, device=device)
     addresses = grads
     if not isinstance(addresses, Tensor):
         addresses = uploaded([g.data_ptr() for g in addresses], device)
     grid, passed, bad = (blocks.owners.numel(),), report[:-1], report[-1:]
-    found = _Found(bad[0] == 0, passed, where, what)
+    found = _Found(bad, passed, where, what)
     if not grid[0]:
         return found
+    low = torch.empty(len(counts), dtype=torch.int32, device=device)
+    trim_kernels.start[(len(counts),)](
+        *(
+            low if thresholds is None else thresholds,
+            wanted.counts,
+            wanted.aims,
+            blocks.numels,
+            low,
+        ),
+        KNOWN=thresholds is not None,
+    )
     if update is not None:
         triton_kernels.check[grid](addresses, *blocks[:3], bad, BLOCK=BLOCK)
     rows = v if update is None else update.to(device, non_blocking=True)
@@ -179,11 +192,8 @@ def _pass(
         num_warps=WARPS,
         enable_fp_fusion=False,
     )
-    found = found._replace(finite=bad[0] == 0)
-    few = (passed < wanted.counts) & (low > 1) & (wanted.counts > 0)
-    again = ((few | (passed > wanted.capacities)) & found.finite).long()
     if wanted.total:
-        _collect_again_(found, again, _raw(v), layout, blocks, wanted)
+        _collect_again_(found, low, _raw(v), layout, blocks, wanted)
     return found
 
 
@@ -195,34 +205,22 @@ def _there(seed: int | Tensor, device: torch.device) -> Tensor:
     return seed if isinstance(seed, Tensor) else uploaded([seed], device)
 
 
-def _bits(wanted: Wanted, numels: Tensor, thresholds: Tensor | None) -> Tensor:
-    """The thresholds as int32 bits: what is remembered, or 1 to let all elements but zeros pass."""
-    low = torch.where(wanted.counts > 0, 1, NOTHING)
-    if thresholds is not None:
-        # A tensor that is wanted nearly whole passes whole, whatever its scale was.
-        known = (thresholds > 0) & (wanted.counts > 0) & (wanted.aims < numels)
-        low = torch.where(known, thresholds.view(torch.int32), low)
-    return low.int()
-
-
 def _collect_again_(
-    found: _Found, again: Tensor, v: Tensor, layout: Layout, blocks: Blocks, wanted: Wanted
+    found: _Found, low: Tensor, v: Tensor, layout: Layout, blocks: Blocks, wanted: Wanted
 ) -> None:
-    """Of each tensor t with again[t] collect the aims[t] largest, of equal ones the first."""
-    grid, tensors = (blocks.owners.numel(),), (again.numel(),)
-    sweep: tuple[Any, ...] = (v, *blocks[:3], layout.table, again)
-    exact, rank = torch.zeros_like(again), wanted.aims.clone()
-    bins = again.new_zeros(again.numel() * triton_kernels.DIGITS.value)
-    for shift in _SHIFTS:
-        triton_kernels.count_digits[grid](*sweep, exact, bins, SHIFT=shift, BLOCK=BLOCK)
-        triton_kernels.pick_digit[tensors](bins, exact, rank)
-    ties = torch.zeros_like(blocks.owners)
-    triton_kernels.count_ties[grid](*sweep, exact, ties, BLOCK=BLOCK)
-    before = ties.cumsum(0) - ties
-    before = before - before[blocks.leads]
-    found.passed.mul_(1 - again)
-    buffers = (wanted.edges, found.passed, found.where, found.what)
-    triton_kernels.collect[grid](*sweep, exact, rank, before, *buffers, BLOCK=BLOCK)
+    """Where too few reached low[t], or too many, collect the aims[t] largest, of equal ones the first."""
+    grid, tensors = (blocks.owners.numel(),), (low.numel(),)
+    again, exact, rank = torch.empty(3, *tensors, dtype=torch.int64, device=v.device).unbind()
+    trim_kernels.judge[tensors](
+        *(low, wanted.counts, wanted.aims, wanted.capacities, found.bad, found.passed),
+        *(again, exact, rank),
+    )
+    ties = find_kth_(v, blocks, layout.table, again, exact, rank)
+    triton_kernels.collect[grid](
+        *(v, *blocks[:3], layout.table, again, exact, rank, *ties, blocks.leads),
+        *(wanted.edges, found.passed, found.where, found.what),
+        BLOCK=BLOCK,
+    )
 
 
 def _select(
@@ -236,6 +234,6 @@ def _select(
     wanted = _wanted(counts, layout.numels, v.device)
     candidates = Candidates(found.where, found.what, found.passed)
     batch, ranked = trim(candidates, wanted, layout, counts)
-    if thresholds is not None and wanted.total:
-        remember_(thresholds, ranked, found.passed, wanted, found.finite)
+    if thresholds is not None:
+        remember_(thresholds, ranked, found.passed, wanted, found.bad)
     return batch

@@ -167,8 +167,12 @@ def count_digits(
         inside = at < tl.load(numels + t)
         bits = _magnitude(v, tl.load(offsets + t) + at, inside)
         follows = inside & ((bits >> (SHIFT + 8)) == tl.load(prefix + t))
-        digit = (bits >> SHIFT) & (DIGITS - 1)
-        tl.atomic_add(bins + t * DIGITS + digit, 1, mask=follows)
+        digit = tl.where(follows, (bits >> SHIFT) & (DIGITS - 1), 0).to(tl.int32)
+        others = tl.sum((~follows).to(tl.int32))  # they are in bin 0
+        bin = tl.arange(0, DIGITS)
+        counts = tl.histogram(digit, DIGITS) - tl.where(bin == 0, others, 0)
+        # Nearly all elements have a few exponents: one addition for each would wait for the next.
+        tl.atomic_add(bins + t * DIGITS + bin, counts.to(tl.int64), mask=counts > 0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -221,7 +225,9 @@ def collect(
     again: "Any",
     exact: "Any",
     rank: "Any",
-    before: "Any",
+    ties: "Any",
+    counted: "Any",
+    leads: "Any",
     edges: "Any",
     passed: "Any",
     where: "Any",
@@ -230,7 +236,7 @@ def collect(
 ) -> None:
     """Append what exceeds exact[t], and the first rank[t] that equal it, if again[t]; no zeros.
 
-    before[b] is how many equal it in the blocks of the tensor before b.
+    ties[b] equal it in block b, counted[b] up to its end; leads[b] is its tensor's first block.
     """
     b = tl.program_id(0)
     t = tl.load(owners + b)
@@ -241,7 +247,10 @@ def collect(
         value = _load(v, place, inside)
         bits = (value.to(tl.int32, bitcast=True) & MAGNITUDE).to(tl.int64)
         tie = inside & (bits == tl.load(exact + t))
-        order = tl.load(before + b) + tl.cumsum(tie.to(tl.int32)) - 1
+        lead = tl.load(leads + b)
+        before = tl.load(counted + b) - tl.load(ties + b)
+        before -= tl.load(counted + lead) - tl.load(ties + lead)
+        order = before + tl.cumsum(tie.to(tl.int32)) - 1
         hit = inside & (bits > tl.load(exact + t)) | (tie & (order < tl.load(rank + t)))
         hit = hit & (bits > 0)
         _append(hit, place, value, t, edges, passed, where, what)

@@ -1,6 +1,5 @@
-"""A message put together on a GPU, and zlib's checksum where the bytes are."""
+"""zlib's checksum where the bytes are, on a GPU."""
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -8,35 +7,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dgc.core.kernels import decode_kernels as triton_kernels
-from dgc.core.kernels.codec_torch import Section
+from dgc.core.kernels import decode_kernels, encode_kernels
 
-BLOCK = 1024
-"""Bytes of a program."""
 _RUN = 256
 """Bytes whose checksum is taken by one look-up each."""
 
 
-def join(sections: Sequence[Section], room: int) -> tuple[Tensor, Tensor]:
-    """The sections' parts end to end, then zeros: uint8 `[room]`; and where they end, int64 `[]`.
-
-    The host does not wait. Example: parts of 2 and 3 bytes end at 5.
-    """
-    sizes = torch.stack([section.size for section in sections])
-    ends = sizes.cumsum(0)
-    message = torch.zeros(room, dtype=torch.uint8, device=sizes.device)
-    for section, start in zip(sections, (ends - sizes).unbind(), strict=True):
-        put_(message, section, start)
-    return message, ends[-1]
-
-
-def put_(message: Tensor, section: Section, at: Tensor) -> None:
-    """Overwrite `message` with the section's part from `at`, int64 `[]`, on."""
-    room = section.data.numel()
-    if room:
-        triton_kernels.put[(-(-room // BLOCK),)](
-            message, section.data, section.size, at, BLOCK=BLOCK
-        )
+def sign_(message: Tensor, end: Tensor) -> None:
+    """Write the checksum of all before `end`, int64 `[1]`, from there on; uint8 `[bytes]`."""
+    found = crc32(message[None], end)
+    encode_kernels.finish[(1,)](message, found, end)
 
 
 def crc32(data: Tensor, sizes: Tensor) -> Tensor:
@@ -50,7 +30,7 @@ def crc32(data: Tensor, sizes: Tensor) -> Tensor:
     runs = -(-width // _RUN)
     near, far = _checksum_tables(runs, data.device)
     found = torch.full((rows,), 0xFFFFFFFF, dtype=torch.int64, device=data.device)
-    triton_kernels.checksum[(runs, rows)](
+    decode_kernels.checksum[(runs, rows)](
         data, width, runs, sizes, sizes.stride(0), near, far, found, RUN=_RUN
     )
     return found

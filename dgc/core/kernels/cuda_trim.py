@@ -1,4 +1,4 @@
-"""From a GPU's candidates to the selection, in torch, without a read by the host.
+"""From a GPU's candidates to the selection, without a read by the host.
 
 All sizes are known on the host; what depends on values stays on the device.
 """
@@ -8,12 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dgc.core.kernels import trim_kernels as triton_kernels
+from dgc.core.kernels.cuda_tables import BLOCK, Blocks, blocks_of
 from dgc.core.layout import Layout
 from dgc.core.sparse import SparseBatch
-
-MAGNITUDE = 0x7FFFFFFF
-EVERYTHING = 1e-45
-"""The smallest float32 above zero: a threshold that all elements but zeros reach."""
 
 
 def target(count: int) -> int:
@@ -30,6 +28,7 @@ class Wanted(NamedTuple):
         capacities: candidates that each tensor's buffer holds, `[T]`.
         starts: where each buffer begins, `[T]`.
         edges: the same and the end of the last, `[T + 1]`.
+        blocks: programs for the buffers' slots.
         total: C, on the host.
     """
 
@@ -38,6 +37,7 @@ class Wanted(NamedTuple):
     capacities: Tensor
     starts: Tensor
     edges: Tensor
+    blocks: Blocks
     total: int
 
 
@@ -55,74 +55,72 @@ class Candidates(NamedTuple):
     passed: Tensor
 
 
+class Ranked(NamedTuple):
+    """The candidates of T tensors by magnitude.
+
+    Attributes:
+        ranked: int64 `[C]`, in each buffer where in `ordered` the largest is, the second, and so on.
+        ordered: the values by place, then zeros, in each buffer; float32 `[C]`.
+    """
+
+    ranked: Tensor
+    ordered: Tensor
+
+
 def room(count: int, numel: int) -> int:
     """How many candidates the buffer of a tensor holds of which `count` are wanted."""
     return min(numel, 2 * target(count)) if count else 0
 
 
-def owners_of(sizes: Tensor, total: int) -> Tensor:
-    """Tensor t, sizes[t] times, for all t: int64 `[total]`; the host does not wait.
-
-    Example:
-        >>> owners_of(torch.tensor([2, 0, 1]), 3).tolist()
-        [0, 0, 2]
-    """
-    tensors = torch.arange(sizes.numel(), device=sizes.device)
-    return tensors.repeat_interleave(sizes, output_size=total)
-
-
 def trim(
     found: Candidates, wanted: Wanted, layout: Layout, counts: tuple[int, ...]
-) -> tuple[SparseBatch, Tensor]:
-    """The counts[t] largest candidates of each tensor, of equal ones the first.
-
-    Returns:
-        The selection, counts[t] slots of each tensor; and the magnitudes of all candidates, each
-        tensor's in its buffer from large to small, then zeros.
-    """
-    # What is no longer needed is let go: a sort takes several times the memory of what it sorts.
-    owners = owners_of(wanted.capacities, wanted.total)
-    filled = torch.arange(wanted.total, device=owners.device) - wanted.starts[owners]
-    filled = filled < found.passed[owners]
-    key = torch.where(filled, found.places, layout.table[owners + 1])
-    places, order = key.sort(stable=True)
-    owners, filled = owners[order], filled[order]
-    values = found.values[order].where(filled, 0.0)
-    del order
-    key = (owners << 31).add_(MAGNITUDE).sub_(values.view(torch.int32) & MAGNITUDE)
-    ranked = key.argsort(stable=True)
-    del key
-    chosen = ranked[_leading(wanted, sum(counts))]
-    # Behind its tensor's elements, before those of the next.
-    key = torch.where(filled[chosen], 2 * places[chosen] + 1, 2 * layout.table[owners[chosen] + 1])
-    chosen = chosen[key.argsort(stable=True)]
-    indices = (places[chosen] - layout.table[owners[chosen]]).where(filled[chosen], 0)
-    return SparseBatch(indices, values[chosen], counts, layout.numels), values.abs()[ranked]
-
-
-def _leading(wanted: Wanted, total: int) -> Tensor:
-    """The first counts[t] places of each tensor's buffer, int64 `[total]`."""
-    owners = owners_of(wanted.counts, total)
-    firsts = wanted.counts.cumsum(0) - wanted.counts
-    return torch.arange(total, device=owners.device) + (wanted.starts - firsts)[owners]
+) -> tuple[SparseBatch, Ranked]:
+    """The counts[t] largest candidates of each tensor, of equal ones the first."""
+    device, slots = found.values.device, (*wanted.blocks[:3], wanted.starts)
+    grid, total = (wanted.blocks.owners.numel(),), sum(counts)
+    indices = torch.empty(total, dtype=torch.int64, device=device)
+    values = torch.empty(total, device=device)
+    batch, ordered = (
+        SparseBatch(indices, values, counts, layout.numels),
+        values.new_empty(wanted.total),
+    )
+    if not total:
+        return batch, Ranked(indices, ordered)
+    narrow = torch.int32 if layout.offsets[-1] < 1 << 31 else torch.int64  # sorted in half the time
+    keys = torch.empty(wanted.total, dtype=narrow, device=device)
+    tensors = found.passed, layout.table
+    triton_kernels.key_by_place[grid](*slots, *tensors, found.places, keys, BLOCK=BLOCK)
+    places, order = keys.sort(stable=True)
+    keys = torch.empty_like(order)
+    triton_kernels.key_by_magnitude[grid](
+        *(*slots, found.passed, order, found.values, ordered, keys), BLOCK=BLOCK
+    )
+    ranked = keys.argsort(stable=True)
+    marks = torch.zeros(wanted.total, dtype=torch.int32, device=device)
+    sent = blocks_of(counts, device)
+    triton_kernels.mark[(sent.owners.numel(),)](
+        *sent[:3], wanted.starts, ranked, marks, BLOCK=BLOCK
+    )
+    triton_kernels.take[grid](
+        *(*slots, *tensors, places, ordered, marks, marks.cumsum(0), indices, values), BLOCK=BLOCK
+    )
+    return batch, Ranked(ranked, ordered)
 
 
 def remember_(
-    thresholds: Tensor, ranked: Tensor, passed: Tensor, wanted: Wanted, finite: Tensor
+    thresholds: Tensor, ranked: Ranked, passed: Tensor, wanted: Wanted, bad: Tensor
 ) -> None:
     """thresholds[t] ← what about target(counts[t]) elements of tensor t will reach next time.
 
     Args:
         thresholds: float32 `[T]`, overwritten.
-        ranked: magnitudes of the candidates, as `trim` gives them.
+        ranked: the candidates, as `trim` gives them.
         passed: how many of each tensor, int64 `[T]`.
         wanted: a count of 0 leaves the threshold.
-        finite: bool `[]`; False leaves all.
+        bad: int64 `[1]`; not 0 leaves all.
     """
-    known = passed.minimum(wanted.capacities)
-    at = wanted.starts + (2 * wanted.counts + 32).minimum(known) - 1
-    # With fewer candidates than aimed at the next threshold is a little lower than the last.
-    scale = torch.where(known >= 2 * wanted.counts + 32, 1.0, 0.98)
-    found = ranked[at.clamp(0, ranked.numel() - 1)] * scale
-    found = found.clamp(min=EVERYTHING).where(known >= wanted.counts, EVERYTHING)
-    thresholds.copy_(found.where((wanted.counts > 0) & finite, thresholds))
+    if wanted.total:
+        triton_kernels.remember[(thresholds.numel(),)](
+            *(thresholds, wanted.counts, wanted.capacities, wanted.starts, passed, *ranked, bad),
+            enable_fp_fusion=False,
+        )

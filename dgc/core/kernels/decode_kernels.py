@@ -342,14 +342,6 @@ def checksum(
     tl.atomic_xor(found + p, tl.xor_sum(spread, axis=0))
 
 
-@triton.jit(do_not_specialize_on_alignment=["size", "at"])  # type: ignore[untyped-decorator]
-def put(message: "Any", data: "Any", size: "Any", at: "Any", BLOCK: tl.constexpr) -> None:
-    """message[at + i] ← data[i] for i < size."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < tl.load(size)
-    tl.store(message + tl.load(at) + i, tl.load(data + i, mask=inside), mask=inside)
-
-
 @triton.jit  # type: ignore[untyped-decorator]
 def clear(
     addresses: "Any", owners: "Any", firsts: "Any", numels: "Any", BLOCK: tl.constexpr
