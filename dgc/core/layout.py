@@ -1,12 +1,13 @@
 """Where each tensor of a bucket lies in the flat state."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dgc.core.tables import Table
 
 
 class Layout(NamedTuple):
@@ -50,6 +51,6 @@ class Layout(NamedTuple):
         return views
 
 
-@lru_cache(maxsize=1024)
+@Table
 def _uploaded(counts: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(counts, dtype=torch.int64).to(device)

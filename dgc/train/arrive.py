@@ -1,6 +1,5 @@
 """Messages read where they arrive, on a GPU; see `dgc.core.kernels.decode_torch`."""
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dgc.core.rice import rice_code
+from dgc.core.tables import Table
 from dgc.train.frame import CHECKSUM_BYTES, FIXED_BYTES, NOT_FINITE, RICE, SOME_UNUSED, frame_head
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def write_(addresses: Tensor, factors: Tensor, numels: tuple[int, ...], found: "
     decode_torch.set_values_(addresses, factors, numels, found)
 
 
-@lru_cache(maxsize=1024)
+@Table
 def _head(numels: tuple[int, ...], value_bits: int, device: torch.device) -> Tensor:
     """`decode_torch.Frame.head`: the bytes up to the bitmap, but the code, length and some flags."""
     expected = np.frombuffer(frame_head(numels, value_bits, 0, None), np.uint8).copy()

@@ -4,13 +4,13 @@ The layout is that of docs/wire.md, `frame.write_frame` writes it on the host.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from dgc.core.rice import rice_code
 from dgc.core.sparse import SparseBatch
+from dgc.core.tables import Table
 from dgc.errors import ConfigError
 from dgc.train.frame import NOT_FINITE, frame_head, max_frame_bytes
 
@@ -47,7 +47,7 @@ def encode_rice(
     )
 
 
-@lru_cache(maxsize=1024)
+@Table
 def _head(
     numels: tuple[int, ...], value_bits: int, used: tuple[bool, ...] | None, device: torch.device
 ) -> Tensor:

@@ -5,7 +5,6 @@ is known on the device alone, and so is where each section begins. `codec_refere
 sections and decodes them. Shapes: T tensors, K slots for values.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from dgc.core.kernels.cuda_radix import find_kth_
 from dgc.core.kernels.cuda_tables import BLOCK, Blocks, blocks_of
 from dgc.core.rice import RiceCode
 from dgc.core.sparse import SparseBatch
+from dgc.core.tables import Table
 
 _PACKED = 256
 """Bytes of a program that packs bits: each takes sixteen divisions."""
@@ -47,7 +47,7 @@ class _Slots(NamedTuple):
         return *self.blocks[:3], self.begins
 
 
-@lru_cache(maxsize=1024)
+@Table
 def _slots(
     counts: tuple[int, ...], numels: tuple[int, ...], fewer: int, device: torch.device
 ) -> _Slots:

@@ -14,7 +14,6 @@ Results equal those of `reference` bit for bit. Shapes: T tensors, n elements, B
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -28,6 +27,7 @@ from dgc.core.kernels.cuda_tables import BLOCK, Blocks, blocks_of, uploaded
 from dgc.core.kernels.cuda_trim import Candidates, Wanted, remember_, room, target, trim
 from dgc.core.layout import Layout
 from dgc.core.sparse import SparseBatch
+from dgc.core.tables import Table
 
 scatter_add_ = decode_torch.add_values_
 precondition_, decay_ = cuda_steps.precondition_, cuda_steps.decay_
@@ -36,7 +36,7 @@ WARPS = 8
 """Of a program that updates the state: with `BLOCK` the fastest of what was tried on an H100."""
 
 
-@lru_cache(maxsize=1024)
+@Table
 def _wanted(counts: tuple[int, ...], numels: tuple[int, ...], device: torch.device) -> Wanted:
     each = list(zip(counts, numels, strict=True))
     capacities = [room(k, numel) for k, numel in each]

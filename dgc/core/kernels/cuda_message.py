@@ -1,13 +1,12 @@
 """zlib's checksum where the bytes are, on a GPU."""
 
-from functools import lru_cache
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from dgc.core.kernels import decode_kernels, encode_kernels
+from dgc.core.tables import Table
 
 _RUN = 256
 """Bytes whose checksum is taken by one look-up each."""
@@ -36,7 +35,7 @@ def crc32(data: Tensor, sizes: Tensor) -> Tensor:
     return found
 
 
-@lru_cache(maxsize=64)
+@Table
 def _checksum_tables(runs: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """What a byte counts by its place in a run, `[256, 256]`, and a bit of a run's sum, `[runs, 32]`."""
     step = np.arange(256, dtype=np.int64)

@@ -1,11 +1,12 @@
 """What the programs of a GPU look up: which elements each works on, and what a step tells them."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dgc.core.tables import Table
 
 BLOCK = 2048
 """Elements of a program, all of one tensor."""
@@ -27,7 +28,7 @@ class Blocks(NamedTuple):
     leads: Tensor
 
 
-@lru_cache(maxsize=1024)
+@Table
 def blocks_of(numels: tuple[int, ...], device: torch.device) -> Blocks:
     """The programs for tensors of `numels` elements.
 

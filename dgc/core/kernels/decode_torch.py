@@ -6,7 +6,6 @@ Shapes: P messages, T tensors, K slots for the values of each message.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from dgc.core.kernels import decode_kernels as triton_kernels
 from dgc.core.kernels.cuda_message import crc32
 from dgc.core.kernels.cuda_tables import blocks_of, uploaded
 from dgc.core.quantize import parameter_bytes
+from dgc.core.tables import Table
 
 BLOCK = 512
 """Bytes or slots of a program."""
@@ -182,6 +182,6 @@ def _programs(size: int) -> int:
     return -(-size // BLOCK)
 
 
-@lru_cache(maxsize=1024)
+@Table
 def _ends(numels: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(list(accumulate(numels)), dtype=torch.int64).to(device)

@@ -6,6 +6,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from dgc.core.tables import keeping
+
 T = TypeVar("T")
 _ONE_AT_A_TIME = threading.Lock()
 """Torch records on one stream, and waits for the whole device before."""
@@ -15,8 +17,8 @@ class Graph(Generic[T]):
     """What `work` launches, to be run again without its Python.
 
     Args:
-        work: reads and writes tensors that stay where they are, and neither waits for the device nor
-            uploads. It must have run before, so that its kernels are compiled. It is recorded, not
+        work: reads and writes tensors that stay where they are (of a `Table`, they do), and neither
+            waits for the device nor uploads. It must have run before, so that its kernels are compiled. It is recorded, not
             run. Other threads may go on using the device.
 
     Attributes:
@@ -32,7 +34,11 @@ class Graph(Generic[T]):
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        with _ONE_AT_A_TIME, torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with (
+            keeping() as self._tables,
+            _ONE_AT_A_TIME,
+            torch.cuda.graph(self._graph, capture_error_mode="thread_local"),
+        ):
             self.result = work()
 
     def replay(self) -> T:
