@@ -1,4 +1,4 @@
-"""The kernels on a GPU: Triton for the passes over the state, torch for the few candidates.
+"""The kernels on a GPU: Triton's, and of torch what sorts and sums the few candidates.
 
 The host never waits for the device: it launches the same work whatever the values are, and what it
 uploads are short tables. Whether a gradient is finite, and how many elements of a tensor reached
