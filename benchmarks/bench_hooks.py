@@ -3,8 +3,8 @@
     python -m benchmarks.bench_hooks [--rounds 60]
 
 ResNet-50's 161 parameters with next to no compute, over NCCL, so that a step is what the host and
-the GPU do around the exchange. PowerSGD has all in one bucket, the others DDP's of 25 MB unless said
-otherwise. All arms are called in turn, medians over the rounds.
+the GPU do around the exchange. PowerSGD has all in one of DDP's buckets, the others have those of 25 MB
+unless said otherwise; dgc's own, of 25 MB, are its own affair. All arms are called in turn, medians over the rounds.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ARMS = {
     "PowerSGD, rank 1": "ddp:powersgd1",
     "PowerSGD, rank 2": "ddp:powersgd2",
     "dgc": "ddp:dgc",
-    "dgc, all in one bucket": "ddp:dgc-whole",
+    "dgc, all in one of DDP's buckets": "ddp:dgc-whole",
 }
 SETTLE_STEPS = 10
 

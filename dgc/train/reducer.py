@@ -110,7 +110,6 @@ class Reducer:
         """The parameters whose gradient is not complete yet."""
         return [name for name in self.params if name not in self._ready]
 
-    @torch.no_grad()
     def ready(self, name: str, grad: Tensor | None = None, *, used: bool = True) -> None:
         """The gradient of `name` is complete.
 
@@ -211,6 +210,7 @@ class Reducer:
                 "lower the learning rate, clip, or raise max_skipped_steps"
             )
 
+    @torch.no_grad()
     def _start(self) -> None:
         index = len(self._started)
         bucket, names = self.buckets[index], self.names[index]
@@ -219,7 +219,8 @@ class Reducer:
             scale = self._scale()
             grads = [self._grad(name) for name in names] if math.isfinite(scale) else None
             rows = [self.rows(name) for name in names]
-            rows = [row._replace(gain=row.gain * scale) for row in rows]
+            if scale != 1.0:
+                rows = [row._replace(gain=row.gain * scale) for row in rows]
             if grads is not None:
                 self._let_enter(names, used, grads, rows)
             payload = bucket.send(grads, rows, used, self.step)
