@@ -3,8 +3,9 @@
     python -m benchmarks.bench_hooks [--rounds 60]
 
 ResNet-50's 161 parameters with next to no compute, over NCCL, so that a step is what the host and
-the GPU do around the exchange. PowerSGD has all in one of DDP's buckets, the others have those of 25 MB
-unless said otherwise; dgc's own, of 25 MB, are its own affair. All arms are called in turn, medians over the rounds.
+the GPU do around the exchange. PowerSGD has all in one of DDP's buckets, the others have those of
+25 MB unless said otherwise; dgc has 25 MB in each of its own. All arms are called in turn, medians
+over the rounds.
 """
 
 import argparse

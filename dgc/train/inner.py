@@ -100,9 +100,9 @@ class InnerStep:
         if config.fold_lr:
             lr = self._sent_lr[id(group)] = float(group["lr"])
             divisor = 1.0 if self._adds_steps else self._divisor(group)
-        own, first = Row(), name not in self._with_momentum
+        own = Row()
         if self.owns_momentum:
-            own = self.local.row(self.params[name], group, first=first)
+            own = self.local.row(self.params[name], group, first=name not in self._with_momentum)
         if (gain, lr, divisor) == (1.0, 1.0, 1.0):
             return own
         return own._replace(gain=own.gain * gain, lr=lr, applied_lr=own.applied_lr * gain * divisor)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dgc.core.kernels import cuda_message, fit
+from dgc.core.kernels import cuda_fit, cuda_message
 from dgc.core.kernels import encode_kernels as triton_kernels
 from dgc.core.kernels.cuda_radix import find_kth_
 from dgc.core.kernels.cuda_tables import BLOCK, Blocks, blocks_of
@@ -19,7 +19,7 @@ from dgc.core.sparse import SparseBatch
 from dgc.core.tables import Table
 
 _PACKED = 256
-"""Bytes of a program that packs bits: each takes sixteen divisions."""
+"""Bytes of a program that packs bits: each takes eight divisions."""
 
 
 class _Slots(NamedTuple):
@@ -92,7 +92,7 @@ def encode(
     low, bits = torch.empty_like(front), torch.empty_like(front)
     triton_kernels.split_gaps[flat](front, count, code.low_bits, num_slots, low, bits, BLOCK=BLOCK)
     ends = bits.cumsum(0)
-    symbols, parameters, decoded = fit.quantize(
+    symbols, parameters, decoded = cuda_fit.quantize(
         batch.values, held, counted, slots.blocks, slots.begins, value_bits
     )
     words = torch.zeros(-(-message_bytes // 4), dtype=torch.int32, device=device)

@@ -169,15 +169,9 @@ def _pass(
     if not grid[0]:
         return found
     low = torch.empty(len(counts), dtype=torch.int32, device=device)
+    guess = low if thresholds is None else thresholds
     trim_kernels.start[(len(counts),)](
-        *(
-            low if thresholds is None else thresholds,
-            wanted.counts,
-            wanted.aims,
-            blocks.numels,
-            low,
-        ),
-        KNOWN=thresholds is not None,
+        *(guess, wanted.counts, wanted.aims, blocks.numels, low), KNOWN=thresholds is not None
     )
     if update is not None:
         triton_kernels.check[grid](addresses, *blocks[:3], bad, BLOCK=BLOCK)

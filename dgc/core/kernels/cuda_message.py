@@ -1,5 +1,7 @@
 """zlib's checksum where the bytes are, on a GPU."""
 
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -35,7 +37,7 @@ def crc32(data: Tensor, sizes: Tensor) -> Tensor:
     return found
 
 
-@Table
+@partial(Table, last=64)  # half a megabyte each, and more
 def _checksum_tables(runs: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """What a byte counts by its place in a run, `[256, 256]`, and a bit of a run's sum, `[runs, 32]`."""
     step = np.arange(256, dtype=np.int64)

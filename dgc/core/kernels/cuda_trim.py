@@ -80,10 +80,8 @@ def trim(
     grid, total = (wanted.blocks.owners.numel(),), sum(counts)
     indices = torch.empty(total, dtype=torch.int64, device=device)
     values = torch.empty(total, device=device)
-    batch, ordered = (
-        SparseBatch(indices, values, counts, layout.numels),
-        values.new_empty(wanted.total),
-    )
+    ordered = torch.empty(wanted.total, device=device)
+    batch = SparseBatch(indices, values, counts, layout.numels)
     if not total:
         return batch, Ranked(indices, ordered)
     narrow = torch.int32 if layout.offsets[-1] < 1 << 31 else torch.int64  # sorted in half the time

@@ -1,4 +1,4 @@
-"""Triton kernels that fit a quantiser to the values of a bucket and give codes; `fit` launches them.
+"""Triton kernels that fit a quantiser to the values of a bucket and give codes; `cuda_fit` launches them.
 
 `cuda_slots` describes the programs. A slot that is not held has no value. Levels are given by bit
 patterns, as in `dgc.core.quantize`. Shapes: T tensors, K slots.
