@@ -25,6 +25,7 @@ from dgc.errors import ConfigError
 # Which module constrains a parameter: found again on every forward pass, so only a cache.
 _owners: Any = WeakIdKeyDictionary()
 _step_hook: list[Any] = []
+_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # not in torch 2.6
 
 
 class Constraint:
@@ -63,6 +64,11 @@ class Constraint:
 
     def hold(self, module: nn.Module) -> None:
         """Hook the gradient and overwrite the parameter with its projection."""
+        if _exporting():  # the trace has stand-ins for the parameters, and would not see the values
+            raise ConfigError(
+                f"torch.export of {type(module).__name__}, whose {self.name!r} is constrained: "
+                "lift the constraints first, by dgc.model.release(model); the values stay"
+            )
         if not self._replaced(module):
             self.bind(module)
             self.enforce_(module)

@@ -299,6 +299,16 @@ def test_a_parametrization_on_top_is_refused() -> None:
         nn.utils.parametrizations.weight_norm(model)(torch.ones(1, 4))
 
 
+@pytest.mark.parametrize("act", [lambda m: prune(m, 0.5), lambda m: share(m, 2)])
+def test_export_says_to_release_first(act: Callable[..., nn.Module]) -> None:
+    model, example = act(nn.Linear(8, 2)).eval(), (torch.ones(1, 8),)
+    with pytest.raises(ConfigError, match=r"release\(model\)"):
+        torch.export.export(model, example)
+    expected = model(*example)
+    release(model)
+    assert torch.equal(torch.export.export(model, example).module()(*example), expected)
+
+
 def test_sparse_gradients_of_embeddings() -> None:
     model = prune(nn.Embedding(20, 8, sparse=True), 0.5)
     optimizer = torch.optim.SparseAdam(model.parameters(), lr=0.1)
