@@ -12,6 +12,8 @@ import argparse
 from math import prod
 from pathlib import Path
 
+import torch
+
 import dgc
 from benchmarks import harness, shapes
 from dgc.bench import buckets_of
@@ -97,7 +99,9 @@ def main() -> None:
     options = parser.parse_args()
     latency = options.latency_us * 1e-6
     config = dgc.DGC()
-    coding = coding_of(Echo(4), sizes_of("ResNet-50", config.bucket_bytes), config)
+    coding = coding_of(
+        Echo(4), sizes_of("ResNet-50", config.bucket_bytes), config, torch.device("cpu")
+    )
     rows: list[dict[str, object]] = []
     for model in MODELS:
         sizes = sizes_of(model, options.bucket_bytes)

@@ -19,7 +19,7 @@ from dgc.errors import ConfigError
 from dgc.train.bucket import Bucket, CompressedBucket, DenseBucket
 from dgc.train.measure import Cost, measure
 from dgc.train.memory import Memory
-from dgc.train.reducer import plan
+from dgc.train.plan import plan
 
 HEAD = (
     f"{'exchange':<22}{'elements':>12}{'bytes':>12}{'ratio':>8}{'code ms':>9}{'wait ms':>9}"

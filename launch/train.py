@@ -23,6 +23,7 @@ from launch import fashion_mnist, models
 from launch.compress import accuracy
 
 # The learning rate of each, the best of 0.025, 0.05, ... for LeNet-5 (see docs/log.md).
+DTYPES = {"dense": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LEARNING_RATES = {"dgc": 0.1, "paper": 0.1, "dense": 0.05, "fp16": 0.05, "bf16": 0.05}
 # What loses nothing in some thousand steps, and the paper's own, unless an option says otherwise.
 DEFAULTS = {
@@ -56,14 +57,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
+    if args.compression in DTYPES:
+        own = ("density", "value_bits", "warmup_epochs", "clip_norm", "pattern")
+        if given := [name for name in own if getattr(args, name) != parser.get_default(name)]:
+            parser.error(f"--compression {args.compression} takes no {', '.join(given)}")
     args.lr = LEARNING_RATES[args.compression] if args.lr is None else args.lr
     return args
 
 
 def compression(args: argparse.Namespace, steps_per_epoch: int) -> Compression:
-    if args.compression in ("dense", "fp16", "bf16"):
-        dtypes = {"dense": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-        return dgc.Dense(dtype=dtypes[args.compression])
+    if args.compression in DTYPES:
+        return dgc.Dense(dtype=DTYPES[args.compression])
     defaults = DEFAULTS[args.compression]
     given = {key: getattr(args, key) for key in defaults if getattr(args, key) is not None}
     chosen: dict[str, Any] = {**defaults, **given}

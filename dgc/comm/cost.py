@@ -76,16 +76,16 @@ class Links(NamedTuple):
     reduce: Link
 
     @classmethod
-    def measure(cls, comm: Communicator) -> "Links":
-        """Time small and large messages; every rank of `comm` calls it, two at least."""
+    def measure(cls, comm: Communicator, device: torch.device) -> "Links":
+        """Time small and large messages on `device`; every rank of `comm` calls it, two at least."""
         ranks = comm.world_size
 
         def gather(size: int) -> Callable[[], Tensor]:
-            message = torch.zeros(size, dtype=torch.uint8, device=comm.device)
+            message = torch.zeros(size, dtype=torch.uint8, device=device)
             return lambda: comm.all_gather(message).wait()
 
         def reduce(size: int) -> Callable[[], Tensor]:
-            tensor = torch.zeros(size // 4, dtype=torch.float32, device=comm.device)
+            tensor = torch.zeros(size // 4, dtype=torch.float32, device=device)
             return lambda: comm.all_reduce(tensor).wait()
 
         return cls(

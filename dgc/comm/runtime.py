@@ -201,8 +201,11 @@ _open: list[Communicator] = []  # by `init`, and not closed; the last one counts
 _of_torch: tuple[Any, TorchCommunicator] | None = None  # the default group, weakly, and its own
 
 
-def default_communicator() -> Communicator:
+def default_communicator(device: torch.device | None = None) -> Communicator:
     """The communicator of the last `init`, else of torch.distributed, else a world of one.
+
+    Args:
+        device: see `TorchCommunicator`.
 
     Raises:
         ConfigError: a launcher started several ranks and none of these was opened.
@@ -212,7 +215,7 @@ def default_communicator() -> Communicator:
         return _open[-1]
     if dist.is_initialized():
         if _of_torch is None or _of_torch[0]() is not dist.group.WORLD:
-            _of_torch = weakref.ref(dist.group.WORLD), TorchCommunicator()
+            _of_torch = weakref.ref(dist.group.WORLD), TorchCommunicator(device=device)
         return _of_torch[1]
     place = find_place(os.environ)
     if place.world_size > 1:
@@ -226,10 +229,11 @@ def default_communicator() -> Communicator:
 def _device(place: Place) -> torch.device:
     if place.launcher == "none" and dist.is_initialized() and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())  # that the script has chosen
-    if torch.cuda.is_available() and place.local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(place.local_rank)
-        return torch.device("cuda", place.local_rank)
-    return torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # A rank may see its own GPU alone, as with Slurm's --gpus-per-task, or share those that there are.
+    torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _choose(place: Place, device: torch.device) -> str:
@@ -237,7 +241,8 @@ def _choose(place: Place, device: torch.device) -> str:
         return str(dist.get_backend())
     if place.world_size == 1:
         return "none"
-    if device.type == "cuda" and place.local_size <= torch.cuda.device_count():
+    own = place.local_size <= torch.cuda.device_count() or "SLURM_GPUS_PER_TASK" in os.environ
+    if device.type == "cuda" and own:
         return "nccl"
     return "mpi" if place.launcher in _MPI_LAUNCHERS and find_spec("mpi4py") else "gloo"
 

@@ -64,6 +64,8 @@ class TorchCommunicator:
         owner: whether `close` destroys the default process group.
         timeout_seconds: how long a collective may take before `CommError`; None leaves it at the
             group's own timeout, as nccl does in any case.
+        device: of nccl's own small tensors, a GPU that no other rank uses: the one of the model. It is
+            the current one if left out.
     """
 
     def __init__(
@@ -72,15 +74,18 @@ class TorchCommunicator:
         *,
         owner: bool = False,
         timeout_seconds: float | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.group, self.owner = group, owner
         self._parts: list[TorchCommunicator] = []
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.host = socket.gethostname()
         uses_nccl = dist.get_backend(group) == "nccl"
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device()) if uses_nccl else torch.device("cpu")
-        )
+        self.device = torch.device("cpu")
+        if uses_nccl and device is not None and device.type == "cuda":
+            self.device = device
+        elif uses_nccl:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.timeout = _timeout_of(group, self.device)
         self._limit: tuple[timedelta, ...] = ()  # nccl's wait would make the host wait
         if timeout_seconds is not None and not uses_nccl:
@@ -163,7 +168,7 @@ class TorchCommunicator:
                 use_local_synchronization=apart,
             )
         )
-        self._parts.append(TorchCommunicator(group))
+        self._parts.append(TorchCommunicator(group, device=self.device))
         return self._parts[-1]
 
     def duplicate(self) -> Communicator:

@@ -12,7 +12,7 @@ _here = threading.local()
 
 
 class Table(Generic[P, T]):
-    """Decorator: remembers what a function returned for the `last` different arguments.
+    """Decorator: remembers what a function returned for the last 1024 different arguments.
 
     Recorded work reads tensors where they were, without this function: a step of it must not find
     other tensors there, so within `keeping` they are kept beyond that.
@@ -27,8 +27,8 @@ class Table(Generic[P, T]):
         (True, [[0, 1, 4], [0, 1, 4]])
     """
 
-    def __init__(self, function: Callable[P, T], last: int = 1024) -> None:
-        cached = lru_cache(maxsize=last)(function)
+    def __init__(self, function: Callable[P, T]) -> None:
+        cached = lru_cache(maxsize=1024)(function)
         self._cached: Callable[P, T] = cached
         self.cache_clear = cached.cache_clear
         update_wrapper(self, function)

@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 
-from dgc.config import Compression
+from dgc.config import DGC, Compression
 from dgc.errors import ConfigError, MissingPackageError
 from dgc.train.hook import HookState
 from dgc.train.hook import register as register_ddp
@@ -51,11 +51,20 @@ def register_prepared(
     optimizer: Optimizer,
     compression: Compression | None,
     scaler: GradScaler | None,
+    **clips: float | None,
 ) -> HookState:
     """`dgc.register` for a model and an optimizer as a framework has wrapped them.
 
+    Args:
+        model: DDP, or `torch.compile` of it.
+        optimizer: as the framework wraps it, or plain.
+        compression: `DGC()` by default.
+        scaler: the framework's, if it has one.
+        clips: the framework's option that clips what arrives, with its value.
+
     Raises:
-        ConfigError: the framework did not choose DDP; and what `dgc.register` raises.
+        ConfigError: the framework did not choose DDP, or clips what is no gradient; and what
+            `dgc.register` raises.
     """
     wrapped = getattr(model, "_orig_mod", model)
     if not isinstance(wrapped, DistributedDataParallel):
@@ -64,4 +73,13 @@ def register_prepared(
             "two processes at least (torchrun --nproc-per-node 2 …), without DeepSpeed and FSDP"
         )
     inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate and Lightning wrap it
+    config = DGC() if compression is None else compression
+    for option, limit in clips.items():
+        steps = isinstance(inner, Adam)  # and these are not hurt by it
+        if limit and isinstance(config, DGC) and not (steps and config.momentum_correction):
+            raise ConfigError(
+                f"{option}={limit} clips what arrives: of few elements what each gathered in many steps, "
+                f"whose norm is many times a gradient's, and what is cut is lost. Set {option}=0 and, to "
+                f"clip gradients before that, dgc.DGC(clip_norm={limit})"
+            )
     return register_ddp(model, inner, compression, scaler=scaler)

@@ -23,9 +23,10 @@ def register(
 ) -> HookState:
     """Exchange the gradients of a prepared model compressed.
 
-    Call it once, after `accelerator.prepare`. `accumulate`, `clip_grad_norm_`, mixed precision,
-    `save_state` and `load_state` work as before; the memory of all ranks goes to the folder "dgc"
-    of each saved state.
+    Call it once, after `accelerator.prepare`. `accumulate`, mixed precision, `save_state` and
+    `load_state` work as before; the memory of all ranks goes to the folder "dgc" of each saved state.
+    In place of `clip_grad_norm_` give `DGC(clip_norm=...)`: what arrives with SGD has many times the
+    norm of a gradient, and what is cut from it is lost.
 
     Args:
         accelerator: the `accelerate.Accelerator`.

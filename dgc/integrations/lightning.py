@@ -3,6 +3,8 @@
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from dgc.config import Compression
 from dgc.errors import ConfigError
@@ -29,8 +31,8 @@ class DGCCallback(_Callback):  # type: ignore[misc]
 
     Raises:
         MissingPackageError: on import, Lightning is not installed.
-        ConfigError: when training starts: a strategy without DDP, several optimizers; and what
-            `dgc.register` raises.
+        ConfigError: when training starts: a strategy without DDP, several optimizers,
+            `gradient_clip_val` with SGD; and what `dgc.register` raises.
 
     Example:
         >>> DGCCallback().state is None
@@ -51,7 +53,8 @@ class DGCCallback(_Callback):  # type: ignore[misc]
             )
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self.state = register_prepared(
-            trainer.strategy.model, trainer.optimizers[0], self.compression, scaler
+            *(trainer.strategy.model, trainer.optimizers[0], self.compression, scaler),
+            gradient_clip_val=trainer.gradient_clip_val,
         )
         states, self._loaded = self._loaded, []
         if states:
@@ -63,10 +66,13 @@ class DGCCallback(_Callback):  # type: ignore[misc]
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Called on all ranks; rank 0 writes what all of them hold."""
         if self.state is not None:
-            states: list[Any] = [None] * self.state.comm.world_size
-            dist.all_gather_object(states, self.state.state_dict())
-            checkpoint[_KEY] = states
+            own = tree_map_only(Tensor, lambda tensor: tensor.cpu(), self.state.state_dict())
+            states = [None] * self.state.comm.world_size if trainer.is_global_zero else None
+            dist.gather_object(own, states)
+            if states is not None:
+                checkpoint[_KEY] = states
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """The model is not wrapped yet: keep it for `on_train_start`."""
-        self._loaded = checkpoint.get(_KEY, [])
+        if trainer.state.fn == "fit":  # and not to test or validate a checkpoint
+            self._loaded = checkpoint.get(_KEY, [])

@@ -13,7 +13,8 @@ from dgc.train.hook import HookState
 def register(trainer: Any, compression: Compression | None = None) -> Any:
     """Have a Trainer exchange its gradients compressed.
 
-    Call it once, before `trainer.train()`. The Trainer's own AdamW will do. Each checkpoint gets a
+    Call it once, before `trainer.train()`. The Trainer's own AdamW will do; SGD wants
+    `max_grad_norm=0`, and `DGC(clip_norm=...)` in its place. Each checkpoint gets a
     folder "dgc" with the memory of all ranks, and `train(resume_from_checkpoint=...)` reads that of
     `output_dir`.
 
@@ -27,7 +28,8 @@ def register(trainer: Any, compression: Compression | None = None) -> Any:
 
     Raises:
         MissingPackageError: transformers is not installed.
-        ConfigError: when training begins: one process only; and what `dgc.register` raises.
+        ConfigError: when training begins: one process only, `max_grad_norm` with SGD; and what
+            `dgc.register` raises.
     """
     callback = _callback_class()(trainer, compression)
     trainer.add_callback(callback)
@@ -51,7 +53,8 @@ def _callback_class() -> Any:
                 self._model = trainer.model_wrapped
                 scaler = trainer.accelerator.scaler
                 self.state = register_prepared(
-                    self._model, trainer.optimizer, self.compression, scaler
+                    *(self._model, trainer.optimizer, self.compression, scaler),
+                    max_grad_norm=args.max_grad_norm,
                 )
             if state.global_step:
                 self._resume(_folder(args, state))

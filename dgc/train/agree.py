@@ -54,7 +54,7 @@ def check_agreement(params: Mapping[str, Tensor], config: str, comm: Communicato
         ConfigError: on every rank, if ranks differ in configuration or parameters; it names the
             first difference.
     """
-    lines = [f"{n} {tuple(p.shape)} {p.dtype}".encode() for n, p in params.items()]
+    lines = [_line(name, param).encode() for name, param in params.items()]
     digests = [_digest(config.encode()), _digest(b"\n".join(lines)), *map(_digest, lines)]
     heads = _gather(torch.cat([*digests[:2], torch.tensor([len(lines)])]), comm)
     if bool((heads[:, 0] != heads[0, 0]).any()):
@@ -71,6 +71,12 @@ def check_agreement(params: Mapping[str, Tensor], config: str, comm: Communicato
         f"ranks hold different models: parameter number {first} differs; on this rank "
         f"({comm.rank}) it is: {here}. Build the same model on every rank"
     )
+
+
+def _line(name: str, param: Tensor) -> str:
+    """Of ranks on CPUs and on GPUs the messages differ in size."""
+    frozen = "" if param.requires_grad else " frozen"
+    return f"{name} {tuple(param.shape)} {param.dtype} on {param.device.type}{frozen}"
 
 
 def _digest(text: bytes) -> Tensor:

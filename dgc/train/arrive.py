@@ -20,10 +20,12 @@ class Expected(NamedTuple):
     Attributes:
         value_bits: width of a value code.
         slots: the most values that one can hold.
+        settled: whether more like these follow, as after the warm-up.
     """
 
     value_bits: int
     slots: int
+    settled: bool = True
 
 
 def frame_of(messages: Tensor, numels: tuple[int, ...], expected: Expected) -> "Frame | None":
@@ -46,7 +48,8 @@ def read(messages: Tensor, frame: "Frame") -> "Decoded":
     """See `decode_torch.decode`."""
     from dgc.core.kernels import decode_torch
 
-    return decode_torch.decode(messages, frame)
+    with torch.cuda.device_of(messages):  # Triton launches on the current device
+        return decode_torch.decode(messages, frame)
 
 
 def verdict(found: "Decoded") -> tuple[bool, tuple[bool, ...]] | None:
@@ -65,7 +68,8 @@ def write_(addresses: Tensor, factors: Tensor, numels: tuple[int, ...], found: "
     """See `decode_torch.set_values_`."""
     from dgc.core.kernels import decode_torch
 
-    decode_torch.set_values_(addresses, factors, numels, found)
+    with torch.cuda.device_of(addresses):
+        decode_torch.set_values_(addresses, factors, numels, found)
 
 
 @Table

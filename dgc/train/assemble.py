@@ -27,8 +27,8 @@ def encode_rice(
 
     The host waits for nothing. Indices are not checked, and a slot of value 0 is not sent. Where the
     indices exceed the room that `dgc.core.rice` gives them, as clusters may, the values that are
-    least in their tensor are not sent: 4 % at density 0.001. On the CPU it runs in Triton's
-    interpreter (`TRITON_INTERPRET=1`).
+    least in their tensor are not sent: 4 % at density 0.001. What is not sent becomes 0 in `batch`, so
+    that masking leaves its momentum. On the CPU it runs in Triton's interpreter (`TRITON_INTERPRET=1`).
     """
     from dgc.core.kernels import codec_cuda
 
@@ -39,12 +39,13 @@ def encode_rice(
         raise ConfigError(f"messages take up to {least} bytes, message_bytes is {message_bytes}")
     if not isinstance(finite, Tensor):
         finite = torch.full((), finite, dtype=torch.bool, device=device)
-    return codec_cuda.encode(
-        *(batch, finite, code, value_bits),
-        head=_head(numels, value_bits, None if used is None else tuple(used), device),
-        not_finite=NOT_FINITE,
-        message_bytes=message_bytes,
-    )
+    with torch.cuda.device_of(batch.values):  # Triton launches on the current device
+        return codec_cuda.encode(
+            *(batch, finite, code, value_bits),
+            head=_head(numels, value_bits, None if used is None else tuple(used), device),
+            not_finite=NOT_FINITE,
+            message_bytes=message_bytes,
+        )
 
 
 @Table

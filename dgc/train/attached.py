@@ -6,11 +6,11 @@ import torch
 from torch.optim import Optimizer
 
 from dgc.comm.base import Communicator
-from dgc.errors import ConfigError, GradientError
+from dgc.errors import ConfigError, GradientError, StateError
 from dgc.train.inner import InnerStep, RefuseScaler
 from dgc.train.momentum import local
 from dgc.train.reducer import Reducer
-from dgc.train.state import KEYS, check_header, header
+from dgc.train.state import BEFORE_STEP, KEYS, check_header, header
 
 
 class Attached:
@@ -81,9 +81,14 @@ class Attached:
         self._fresh = False
         self.inner.before(self.reducer.masked)
 
+    @property
+    def _dropped(self) -> bool:
+        """Whether a mean would be lost if no step were made with it."""
+        return self._fresh and self._apply and self._ours
+
     def _refuse_dropped(self) -> None:
         """Call before a mean is delivered: the one before must have been stepped with."""
-        if self._fresh and self._apply and self._ours:
+        if self._dropped:
             raise GradientError(
                 "no step() was made with the mean of the last synchronised backward pass, and dropping "
                 "it does not take its gradient out of the memory: run a backward pass whose gradient "
@@ -104,7 +109,12 @@ class Attached:
         """This rank's memory: plain tensors, numbers and strings, by parameter name.
 
         It goes beside `optimizer.state_dict()`. Every rank saves its own and loads its own.
+
+        Raises:
+            StateError: between `backward()` and `step()`.
         """
+        if self._dropped:
+            raise StateError(BEFORE_STEP)
         return {**header(self.comm), **self.inner.state_dict(), **self.reducer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -119,3 +129,4 @@ class Attached:
         self.reducer.check_state(state_dict)
         self.reducer.load_state_dict(state_dict)
         self.inner.load_state_dict(state_dict)
+        self._fresh = False  # the mean of a step that is given up

@@ -109,7 +109,8 @@ class CompressedBucket(Bucket):
         self._begin(self.memory, used, step)
         density = density_at(step, self.config)
         counts = message_plan(self.layout.numels, density, self.config, self.memory.v.device)[0]
-        self._expected = Expected(self.config.value_bits, sum(counts))
+        settled = density == self.config.density
+        self._expected = Expected(self.config.value_bits, sum(counts), settled)
         if grads is None:
             message, self._sent = abstain(self.memory, density)
         else:

@@ -63,7 +63,12 @@ class Costs(NamedTuple):
 
     @classmethod
     def measure(
-        cls, comm: Communicator, hosts: Hosts | None, sizes: Sequence[tuple[int, ...]], config: DGC
+        cls,
+        comm: Communicator,
+        hosts: Hosts | None,
+        sizes: Sequence[tuple[int, ...]],
+        config: DGC,
+        device: torch.device,
     ) -> "Costs":
         """Measure links and coding; every rank calls it, two at least. Takes about a second.
 
@@ -72,19 +77,19 @@ class Costs(NamedTuple):
             hosts: who shares a host; None if hosts differ in their number of ranks.
             sizes: elements of the tensors of each bucket.
             config: what training will use.
+            device: where the gradients are.
         """
-        links, inside, between, count = Links.measure(comm), None, None, comm.world_size
+        links, inside, between, count = Links.measure(comm, device), None, None, comm.world_size
         if hosts is not None:
             count = hosts.between.world_size
             if count > 1 and hosts.inside.world_size > 1:
-                inside, between = Links.measure(hosts.inside), Links.measure(hosts.between)
+                inside = Links.measure(hosts.inside, device)
+                between = Links.measure(hosts.between, device)
         own = [*links.gather, *links.reduce]
         for pair in (inside, between):
             own += [*pair.gather, *pair.reduce] if pair else []
-        return cls._agreed(
-            cls(comm.world_size, count, links, inside, between, coding_of(comm, sizes, config)),
-            comm,
-        )
+        coding = coding_of(comm, sizes, config, device)
+        return cls._agreed(cls(comm.world_size, count, links, inside, between, coding), comm)
 
     @staticmethod
     def _agreed(costs: "Costs", comm: Communicator) -> "Costs":
@@ -112,10 +117,12 @@ class Echo(SelfCommunicator):
         return Done(message.repeat(self.world_size, 1))
 
 
-def coding_of(comm: Communicator, sizes: Sequence[tuple[int, ...]], config: DGC) -> Coding:
-    """Time the coding of a sample of the largest bucket; every rank calls it."""
+def coding_of(
+    comm: Communicator, sizes: Sequence[tuple[int, ...]], config: DGC, device: torch.device
+) -> Coding:
+    """Time the coding of a sample of the largest bucket on `device`; every rank calls it."""
     numels = _sample(max(sizes, key=sum))
-    numel, device = sum(numels), comm.device
+    numel = sum(numels)
     found: list[tuple[int, Cost]] = []
     echo = Echo(comm.world_size)
     for density in _DENSITIES:

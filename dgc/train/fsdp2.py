@@ -41,7 +41,8 @@ class Fsdp2State(Attached):
         config: Compression,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
-        self.comm = TorchCommunicator(group)
+        device = local(next(iter(params.values()))).device
+        self.comm = TorchCommunicator(group, device=device)
         self.params = params
         # The reducer sees this rank's shards alone.
         shards = {name: Parameter(local(p).detach()) for name, p in params.items()}
@@ -51,7 +52,7 @@ class Fsdp2State(Attached):
             self.comm.broadcast_(shard)
         self.inner = InnerStep(optimizer, params, config, self.comm.world_size, scaler)
         self.reducer = self.inner.reducer(shards, self.comm)
-        self._shards = TorchCommunicator(_mesh(params).get_group())
+        self._shards = TorchCommunicator(_mesh(params).get_group(), device=device)
         self.reducer.agree = self._all_finite
         self._queued = self._arrived = False
         self._stale = self._delivered = False  # .grad may still hold the mean of the step before
@@ -182,7 +183,7 @@ def apply_fsdp2(
     if isinstance(config, DGC) and config.clip_norm is not None:
         raise ConfigError(
             "clip_norm needs the norm of a rank's whole gradient, and with FSDP2 a rank has shards: "
-            "leave it None; with SGD call clip_grad_norm_ after backward()"
+            "leave it None"
         )
     check_supported(optimizer, config, scaler)
     params = named_parameters_of(optimizer, model.named_parameters())

@@ -149,7 +149,8 @@ class HierarchicalBucket(CompressedBucket):
             runs = [grads[p.tensor].view(-1)[p.begin : p.end] for p in pieces]
             scales = [1 / (self.world_size * rows[p.tensor].applied_lr) for p in pieces]
             plan = message_plan(self._numels(part), self._density, self.config, messages.device)
-            expected = Expected(self.config.value_bits, sum(plan[0]))
+            settled = self._density == self.config.density
+            expected = Expected(self.config.value_bits, sum(plan[0]), settled)
             arrival = self._receivers[part].receive_(messages, runs, scales, expected)
             finite &= arrival.finite
             for piece, used in zip(pieces, arrival.used, strict=True):

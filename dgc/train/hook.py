@@ -32,8 +32,9 @@ class HookState(Attached):
         config: Compression,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
-        self.comm = TorchCommunicator(model.process_group)
         params = named_parameters_of(optimizer, _inner_module(model).named_parameters())
+        device = next(iter(params.values())).device
+        self.comm = TorchCommunicator(model.process_group, device=device)
         _check_all_trained(model, set(params.values()))
         check_agreement(params, config.describe(), self.comm)
         self.names = {param: name for name, param in params.items()}

@@ -17,7 +17,8 @@ from dgc.errors import ConfigError, GradientError, StateError
 from dgc.train.adam import AdamSteps, check_adam
 from dgc.train.bucket import Row
 from dgc.train.momentum import Momentum, Owned, SgdMomentum
-from dgc.train.reducer import Reducer, is_excluded
+from dgc.train.plan import is_excluded
+from dgc.train.reducer import Reducer
 
 _KNOWN = (SGD, Adam)  # AdamW is an Adam
 

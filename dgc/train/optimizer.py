@@ -21,11 +21,18 @@ from dgc.train.agree import check_agreement, named_parameters_of
 from dgc.train.guard import Guard
 from dgc.train.inner import InnerStep, RefuseScaler, check_supported
 from dgc.train.reducer import Reducer
-from dgc.train.state import KEYS, check_header, header
+from dgc.train.state import BEFORE_STEP, KEYS, check_header, header
 
 # Which wrapper exchanges the gradient of a parameter, as a weak reference.
 _wrappers: Any = WeakIdKeyDictionary()
 _twins = Twins()
+
+
+_ANEW = (
+    "an earlier DistributedOptimizer has made steps with these parameters: what it has not sent yet is "
+    "dropped, and the warm-up begins again. To train layers later, wrap while all require gradients, "
+    "and then freeze these"
+)
 
 
 def _notify(wrapper: "weakref.ref[DistributedOptimizer]", name: str) -> Callable[[Tensor], None]:
@@ -48,7 +55,8 @@ class DistributedOptimizer(Optimizer):
     """Wraps an optimizer: gradients are exchanged during backward, `step` applies their mean.
 
     Parameters, frozen ones too (and buffers, where given), are overwritten with those of rank 0 at
-    construction. To train others, wrap again: parameters belong to the wrapper that was made last.
+    construction. What is frozen after that costs little and may train again. To train others, wrap
+    again: parameters belong to the wrapper that was made last, and its memory and warm-up begin anew.
     With momentum correction the options of the wrapped optimizer (SGD's momentum with Nesterov,
     dampening and weight decay; Adam's second moment) are read from its param groups at each step, so
     schedulers keep working, and applied once: here. With Adam what arrives in `.grad` is a small
@@ -106,7 +114,8 @@ class DistributedOptimizer(Optimizer):
         if any(each is not None and each.reducer.pending for each in earlier):
             raise ConfigError("wrap between steps: gradients of an earlier wrapper are under way")
         # Ranks that use different parameters exchange in different order, so it shares with nobody.
-        self.comm = _twins.lend(comm or default_communicator())
+        device = next(iter(self.params.values())).device
+        self.comm = _twins.lend(comm or default_communicator(device))
         if all(name.startswith("module.") for name in self.params):
             warnings.warn(
                 "all parameters are named module.…, as DistributedDataParallel names them, which "
@@ -129,6 +138,12 @@ class DistributedOptimizer(Optimizer):
         for param in self.params.values():
             earlier = _wrappers.get(param, lambda: None)()
             if earlier is not None:
+                if (
+                    earlier._release.alive
+                    and earlier.reducer.step
+                    and isinstance(earlier.config, DGC)
+                ):
+                    warnings.warn(_ANEW, stacklevel=3)
                 earlier._release()
             _wrappers[param] = weakref.ref(self)
         self.guard = Guard(self.params)
@@ -190,6 +205,11 @@ class DistributedOptimizer(Optimizer):
             )
         if not self._syncing:
             raise GradientError("step() inside no_sync(): leave it before the last backward pass")
+        if not self._synchronized and self.scaler is not None and self.scaler.is_enabled():
+            raise GradientError(
+                "scaler.step() without an exchange: its gradients are unscaled already, and would be "
+                "unscaled again. Leave no_sync() before the last backward pass of a step"
+            )
         self.synchronize()
         self._synchronized = False
         if not self._apply:
@@ -236,7 +256,12 @@ class DistributedOptimizer(Optimizer):
         """This rank's state: plain tensors, numbers and strings, by parameter name.
 
         Residuals differ among ranks: every rank saves its own and loads its own.
+
+        Raises:
+            StateError: between `backward()` and `step()`.
         """
+        if self._synchronized and self._apply:
+            raise StateError(BEFORE_STEP)
         return {
             **header(self.comm),
             "optimizer": self.optimizer.state_dict(),
@@ -249,7 +274,7 @@ class DistributedOptimizer(Optimizer):
 
         Raises:
             StateError: another format version, rank, world size, or model; the difference is named
-                and nothing is changed.
+                and nothing is changed. Or gradients are under way: `synchronize()` first.
         """
         check_header(state_dict, self.comm, (*KEYS, "optimizer"))
         self.inner.check_state(state_dict)
@@ -260,6 +285,7 @@ class DistributedOptimizer(Optimizer):
             raise StateError(f"the state of the wrapped optimizer does not fit: {error}") from error
         self.reducer.load_state_dict(state_dict)
         self.inner.load_state_dict(state_dict)
+        self._synchronized = False  # the mean of a step that is given up
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         raise ConfigError(

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from dgc.comm.base import Communicator
@@ -29,6 +30,7 @@ class Patterns:
         config: with the pattern that is wanted.
         comm: the ranks.
         sizes: elements of the tensors of each bucket that will be compressed.
+        device: where the first of them are.
         costs: what to choose by; measured if left out.
 
     Raises:
@@ -40,13 +42,14 @@ class Patterns:
         config: DGC,
         comm: Communicator,
         sizes: Sequence[tuple[int, ...]],
+        device: torch.device,
         costs: Costs | None = None,
     ) -> None:
         self.config, self.comm, self.sizes = config, comm, sizes
         self._chosen: dict[float, str] = {}
         self.hosts, self.costs = self._find_hosts(), costs
         if config.pattern == "auto" and comm.world_size > 1 and sizes and costs is None:
-            self.costs = Costs.measure(comm, self.hosts, sizes, config)
+            self.costs = Costs.measure(comm, self.hosts, sizes, config, device)
 
     def _find_hosts(self) -> Hosts | None:
         if self.config.pattern not in ("auto", "hierarchical") or self.comm.world_size == 1:

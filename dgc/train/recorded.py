@@ -33,7 +33,6 @@ class Recorder(Generic[T]):
 
     Attributes:
         unrecorded: how many calls that ask for the same, one after the other, precede a recording.
-            During warm-up the density changes step by step.
     """
 
     unrecorded = 3
@@ -48,23 +47,26 @@ class Recorder(Generic[T]):
     def recorded(self) -> bool:
         return self._graph is not None
 
-    def run(self, same: object, work: Callable[[], T]) -> T:
+    def run(self, same: object, work: Callable[[], T], device: torch.device) -> T:
         """What `work` returns; tensors of it are overwritten by the next call.
 
         Args:
-            same: equal in two calls if `work` launches the same, on tensors that have not moved.
+            same: equal in two calls if `work` launches the same, on tensors that have not moved; None
+                if it shall not be recorded.
             work: see `graph.Graph`.
+            device: where it is launched.
         """
         if same != self._same:
             self._same, self._calls, self._graph = same, 0, None
         self._calls += 1
-        if self._graph is None and self._calls > self.unrecorded and not self._refused:
-            self._record(work)
+        often = same is not None and self._calls > self.unrecorded
+        if self._graph is None and often and not self._refused:
+            self._record(work, device)
         return work() if self._graph is None else self._graph.replay()
 
-    def _record(self, work: Callable[[], T]) -> None:
+    def _record(self, work: Callable[[], T], device: torch.device) -> None:
         try:
-            self._graph = graph.Graph(work)
+            self._graph = graph.Graph(work, device)
         except RuntimeError as error:
             self._refused = True
             warnings.warn(
@@ -88,7 +90,11 @@ class _Place:
 
 
 class Sender:
-    """`send_` of one memory. What it returns is overwritten by the next call."""
+    """`send_` of one memory. What it returns is overwritten by the next call.
+
+    Warm-up is not recorded: a graph keeps the memory of its work, some 80 bytes for each element that
+    may be sent, which buckets in turn share otherwise.
+    """
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
@@ -100,7 +106,7 @@ class Sender:
     ) -> tuple[Tensor, Sent]:
         """As `dgc.train.step.send_`."""
         memory, device = self.memory, self.memory.v.device
-        there = kernels.codes_there(device) and not graph.recording()
+        there = kernels.codes_there(device) and not graph.recording() and memory.v.numel() > 0
         if not (there and memory.config.selector.recordable):
             return send_(memory, grads, update, density, used)
         entering = kernels.dense(grads)  # held here until the work that reads it is launched
@@ -113,7 +119,8 @@ class Sender:
         def work() -> tuple[Tensor, Sent]:
             return send_(memory, addresses, rows, density, used, seeds.unbind())
 
-        return self.recorder.run((density, tuple(used)), work)
+        settled = density == memory.config.density
+        return self.recorder.run(tuple(used) if settled else None, work, device)
 
 
 class Receiver:
@@ -141,8 +148,10 @@ class Receiver:
         if frame is None:
             return receive_(messages, grads, scales)
         check_dense(grads)
-        kept, same = self._messages.put(messages, device), (messages.shape, expected)
-        found = self._read.run(same, lambda: arrive.read(kept, frame))
+        assert expected is not None  # as there is a frame
+        kept = self._messages.put(messages, device)
+        same = (messages.shape, expected) if expected.settled else None
+        found = self._read.run(same, lambda: arrive.read(kept, frame), device)
         verdict = arrive.verdict(found)
         if verdict is None:
             return receive_(messages, grads, scales)
@@ -154,7 +163,7 @@ class Receiver:
             arrive.write_(addresses, factors.int().view(torch.float32), numels, found)
 
         if self._read.recorded:
-            self._write.run(same, work)
+            self._write.run(same, work, device)
         else:  # what was found lies elsewhere in each step, and what was recorded looks where it lay
             self._write = Recorder()
             work()

@@ -1,11 +1,10 @@
 """From the gradients of a backward pass to the mean over ranks, bucket by bucket."""
 
 import math
+import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -21,6 +20,8 @@ from dgc.errors import GradientError, StateError
 from dgc.train.bucket import Bucket, DenseBucket, Row
 from dgc.train.clip import local_clip_scale
 from dgc.train.patterns import Patterns
+from dgc.train.plan import is_excluded, plan
+from dgc.train.state import BEFORE_STEP
 from dgc.train.stats import Stats
 from dgc.train.step import Arrival
 
@@ -65,8 +66,9 @@ class Reducer:
         self.step = 0
         self._clip_norm = config.clip_norm if isinstance(config, DGC) else None
         self._place = {name: i for i, names in enumerate(self.names) for name in names}
-        self._sizes = {name: param.numel() for name, param in self.params.items()}
+        self._known = {name: (param.numel(), param.device) for name, param in self.params.items()}
         self._skipped_in_a_row = 0
+        self._one_at_a_time = threading.RLock()  # backward has a thread for each device
         self._begin()
 
     def _begin(self) -> None:
@@ -82,7 +84,9 @@ class Reducer:
         if not isinstance(self.config, DGC):
             return None
         compressed = [names for names in self.names if not is_excluded(names[0], self.config)]
-        return Patterns(self.config, self.comm, [self._numels(names) for names in compressed])
+        device = self.params[(compressed or self.names)[0][0]].device
+        sizes = [self._numels(names) for names in compressed]
+        return Patterns(self.config, self.comm, sizes, device)
 
     def _numels(self, names: tuple[str, ...]) -> tuple[int, ...]:
         return tuple(self.params[name].numel() for name in names)
@@ -121,6 +125,14 @@ class Reducer:
         Raises:
             GradientError: it was complete already: a second backward pass before the step.
         """
+        with self._one_at_a_time:
+            self._note(name, grad, used)
+            if self._clip_norm is not None and len(self._ready) < len(self.params):
+                return  # the norm needs the whole gradient
+            while len(self._started) < len(self.buckets) and not self._missing[len(self._started)]:
+                self._start()
+
+    def _note(self, name: str, grad: Tensor | None, used: bool) -> None:
         if name in self._ready:
             raise GradientError(
                 f"{name} got a second gradient before step(): run all but the last backward pass "
@@ -131,10 +143,6 @@ class Reducer:
             self._given[name] = grad
             self._unused |= set() if used else {name}
         self._missing[self._place[name]] -= 1
-        if self._clip_norm is not None and len(self._ready) < len(self.params):
-            return  # the norm needs the whole gradient
-        while len(self._started) < len(self.buckets) and not self._missing[len(self._started)]:
-            self._start()
 
     @torch.no_grad()
     def finish(self) -> bool:
@@ -268,10 +276,12 @@ class Reducer:
         if name in self._given:
             return self._given[name]
         param = self.params[name]
-        if param.numel() != self._sizes[name]:  # compiled loops go by the size that it had
+        if (now := (param.numel(), param.device)) != self._known[
+            name
+        ]:  # compiled loops go by these
             raise GradientError(
-                f"{name} has {param.numel()} elements, when it was wrapped it had {self._sizes[name]}: "
-                "wrap again after a parameter has changed its size"
+                f"{name} has {now[0]} elements on {now[1]}, when it was wrapped it had "
+                "{} on {}: wrap again after a parameter has changed".format(*self._known[name])
             )
         if param.grad is None:
             param.grad = torch.zeros_like(param)
@@ -328,28 +338,36 @@ class Reducer:
             StateError: gradients are under way, which are in no memory.
         """
         if self.pending:
-            raise StateError(
-                "a state between backward() and step() lacks what is sent: step() first"
-            )
+            raise StateError(BEFORE_STEP)
         memory = {
-            name: {key: state.clone() for key, state in bucket.tensors(index).items()}
-            for names, bucket in zip(self.names, self.buckets, strict=True)
-            for index, name in enumerate(names)
+            name: {key: state.clone() for key, state in tensors.items()}
+            for name, tensors in self.memory.items()
         }
         return {"step": self.step, "memory": memory}
 
+    @property
+    def memory(self) -> dict[str, dict[str, Tensor]]:
+        """Views of the state of every parameter, by name."""
+        return {
+            name: bucket.tensors(index)
+            for names, bucket in zip(self.names, self.buckets, strict=True)
+            for index, name in enumerate(names)
+        }
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave; `check_state` first."""
-        for names, bucket in zip(self.names, self.buckets, strict=True):
-            for index, name in enumerate(names):
-                for key, tensor in bucket.tensors(index).items():
-                    tensor.copy_(state["memory"][name][key])
+        for name, tensors in self.memory.items():
+            for key, tensor in tensors.items():
+                tensor.copy_(state["memory"][name][key])
+        for bucket in self.buckets:
             bucket.restored()
         self.step = state["step"]
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise `StateError` if `state` has other parameters, shapes or kinds of memory."""
-        own = self.state_dict()["memory"]
+        if self.pending:
+            raise StateError("a state is loaded between steps: synchronize() first, or step()")
+        own = self.memory
         for name in sorted(own.keys() | state["memory"].keys()):
             found = _kinds(state["memory"].get(name, {}))
             wanted = _kinds(own.get(name, {}))
@@ -363,28 +381,3 @@ class Reducer:
 def _kinds(memory: Mapping[str, Tensor]) -> dict[str, str]:
     """Of each tensor its elements and dtype. Example: {"v": "7 torch.float32"}."""
     return {key: f"{tensor.numel()} {tensor.dtype}" for key, tensor in memory.items()}
-
-
-def is_excluded(name: str, config: Compression) -> bool:
-    """Whether a parameter is exchanged dense by `DGC.exclude`."""
-    return isinstance(config, DGC) and any(fnmatchcase(name, each) for each in config.exclude)
-
-
-def plan(params: Mapping[str, Parameter], config: Compression) -> list[tuple[str, ...]]:
-    """Which parameters travel together: in reverse order, as backward finishes the last ones first.
-
-    A bucket holds parameters of one device, all compressed or all excluded, and is closed once it
-    has `config.bucket_bytes` of fp32 gradient.
-    """
-    for pattern in config.exclude if isinstance(config, DGC) else ():
-        if not any(fnmatchcase(name, pattern) for name in params):
-            warnings.warn(f"exclude has {pattern!r}, which no parameter is named by", stacklevel=4)
-    closed: list[tuple[str, ...]] = []
-    open_: dict[tuple[torch.device, bool], list[str]] = {}
-    for name, param in reversed(list(params.items())):
-        key = (param.device, is_excluded(name, config))
-        names = open_.setdefault(key, [])
-        names.append(name)
-        if sum(4 * params[each].numel() for each in names) >= config.bucket_bytes:
-            closed.append(tuple(open_.pop(key)))
-    return closed + [tuple(names) for names in open_.values()]

@@ -91,13 +91,13 @@ class ReselectingBucket(CompressedBucket):
         owner, place = self.regions.locate(places)
         order = owner.argsort(stable=True)
         sizes = torch.bincount(owner, minlength=self.world_size).tolist()
-        scaled = torch.ldexp(self._batch.values.float(), -scale)
-        runs = zip(place[order].split(sizes), scaled[order].split(sizes), strict=True)
+        scaled = torch.ldexp(self._batch.values.float(), -scale)[order]
+        runs = zip(place[order].split(sizes), scaled.split(sizes), strict=True)
         coded = [self._encode(*run, run[0].numel()) for run in runs]
-        sent = torch.empty_like(scaled)
-        sent[order] = torch.cat([values for _, values in coded])
-        sent = torch.ldexp(sent, scale)
-        self._sent = Sent(self._batch, sent, self.memory.release_(self._batch, sent))
+        held, sent = torch.empty_like(scaled), torch.empty_like(scaled)
+        held[order], sent[order] = scaled, torch.cat([values for _, values in coded])
+        batch, sent = self._batch._replace(values=held), torch.ldexp(sent, scale)
+        self._sent = Sent(batch, sent, self.memory.release_(batch, sent))
         return [message for message, _ in coded]
 
     def _merge(self, received: Sequence[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from dgc.comm.base import Communicator
 from dgc.errors import StateError
 
 STATE_VERSION = 3
+BEFORE_STEP = "a state between backward() and step() lacks what is sent: step() first"
 KEYS = ("unit", "local_momentum", "with_momentum", "second_moments", "updates", "step", "memory")
 
 
@@ -24,10 +25,12 @@ def check_header(state: Mapping[str, Any], comm: Communicator, keys: Iterable[st
         )
     for key, value in header(comm).items():
         if state.get(key) != value:
-            hint = ": dgc.train.checkpoint.resize makes the states of one world size fit another"
+            hints = {
+                "rank": ": every rank saves its own state and loads its own",
+                "world_size": ": dgc.train.checkpoint.resize makes the states of one fit another",
+            }
             raise StateError(
-                f"this state has {key} {state.get(key)}, here it is {value}"
-                + (hint if key != "version" else "")
+                f"this state has {key} {state.get(key)}, here it is {value}" + hints.get(key, "")
             )
     missing = sorted(set(keys) - state.keys())
     if missing:

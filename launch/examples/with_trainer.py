@@ -19,7 +19,12 @@ class Model(torch.nn.Module):
 model = Model()
 sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 args = TrainingArguments(
-    "out/trainer", max_steps=10, use_cpu=True, report_to="none", save_strategy="no"
+    "out/trainer",
+    max_grad_norm=0,  # in its place DGC(clip_norm=1.0)
+    max_steps=10,
+    use_cpu=True,
+    report_to="none",
+    save_strategy="no",
 )
 data = [{"x": x} for x in torch.randn(200, 64)]
 trainer = Trainer(model, args, train_dataset=data, optimizers=(sgd, None))

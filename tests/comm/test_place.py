@@ -5,7 +5,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from dgc.comm.runtime import Place, _device, default_communicator, find_place, init
+from dgc.comm.runtime import Place, _choose, _device, default_communicator, find_place, init
 from dgc.errors import ConfigError
 
 OPEN_MPI = {
@@ -83,3 +83,30 @@ def test_the_gpu_that_a_script_has_chosen_is_kept() -> None:
         device = _device(Place(0, 1, 0, 1, "none"))
     assert device == torch.device("cuda", 2)
     chosen.assert_not_called()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "variables", "device", "backend"),
+    [
+        (4, {}, 3, "nccl"),
+        (2, {}, 1, "gloo"),
+        (1, {}, 0, "gloo"),
+        (1, {"SLURM_GPUS_PER_TASK": "1"}, 0, "nccl"),
+    ],
+)
+def test_the_gpu_of_the_last_of_four_ranks(
+    gpus: int, variables: dict[str, str], device: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPUs are shared where there are fewer than ranks; a rank that sees its own alone has nccl."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    place = Place(3, 4, 3, 4, "srun")
+    chosen = []
+    with (
+        patch("torch.cuda.is_available", return_value=True),
+        patch("torch.cuda.device_count", return_value=gpus),
+        patch("torch.cuda.set_device", chosen.append),
+        patch("torch.cuda.current_device", lambda: chosen[-1]),
+    ):
+        assert _device(place) == torch.device("cuda", device)
+        assert _choose(place, torch.device("cuda", device)) == backend

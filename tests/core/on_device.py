@@ -3,6 +3,7 @@
 import importlib
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ class Launched:
 class Rerun(graph.Graph[Any]):
     """A graph without a GPU: runs its work again; what it returns stays in place, as a graph's does."""
 
-    def __init__(self, work: Callable[[], Any]) -> None:
+    def __init__(self, work: Callable[[], Any], device: torch.device) -> None:
         self.work, self.result = work, None
 
     def replay(self) -> Any:
@@ -81,6 +82,6 @@ def use_device_path(monkeypatch: pytest.MonkeyPatch) -> None:
         kernels_of = importlib.import_module(f"dgc.core.kernels.{module}")
         for name in names:
             monkeypatch.setattr(kernels_of, name, Launched(getattr(kernels_of, name)))
-    monkeypatch.setattr(kernels, "_for", lambda device: cuda)
+    monkeypatch.setattr(kernels, "_for", lambda device: nullcontext(cuda))
     monkeypatch.setattr(kernels, "codes_there", lambda device: True)
     monkeypatch.setattr(graph, "Graph", Rerun)

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
@@ -298,3 +299,26 @@ def test_remembered_thresholds_leave_few_tensors_to_collect_again(
         _, batch = cpu.accumulate_select_(gradients(step), u, v, LAYOUT, ROWS, COUNTS, thresholds)
         cpu.release_(u, v, LAYOUT, batch, batch.values)
     assert sum(again) <= 0.1 * 40 * len(NUMELS)
+
+
+def test_a_gpu_is_current_where_its_kernels_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, which need not be the one of the tensors."""
+    pytest.importorskip("triton")
+    from dgc.core.kernels import cuda
+
+    current = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    second = torch.device("cuda", 1)
+    with kernels._for(second) as passes:
+        assert passes is cuda
+        assert current == [second]
+    with kernels._for(torch.device("cpu")) as passes:
+        assert passes is cpu
+        assert current == []

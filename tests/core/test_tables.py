@@ -28,9 +28,13 @@ def test_the_last_are_remembered() -> None:
 
 
 def test_what_was_recorded_keeps_its_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock())
+    for name in ("CUDAGraph", "Stream", "current_stream", "device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
-    recorded = graph.Graph(lambda: row(7).sum())
+    graph._stream.cache_clear()
+    recorded = graph.Graph(lambda: row(7).sum(), torch.device("cuda", 1))
+    torch.cuda.device.assert_called_once_with(torch.device("cuda", 1))
+    graph._stream.cache_clear()
     there = weakref.ref(row(7))
     for number in range(2000, 3100):
         row(number)

@@ -35,10 +35,11 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
         codec_cuda._slots,
         decode_torch._ends,
         arrive._head,
+        cuda_message._near,
+        cuda_message._far,
     )
     for cached in (
         *caches,
-        cuda_message._checksum_tables,
         assemble._head,
         layouts._uploaded,
     ):  # what other tests have made is not marked

@@ -38,7 +38,6 @@ def train(epochs: int, resume: str | None = None) -> tuple[Tensor, pl.Trainer]:
         strategy="ddp",
         max_epochs=epochs,
         accumulate_grad_batches=2,
-        gradient_clip_val=1.0,
         callbacks=[callback],
         logger=False,
         enable_checkpointing=False,

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import dgc
 from dgc.comm.torch_dist import TorchCommunicator
-from dgc.errors import ConfigError, GradientError
+from dgc.errors import ConfigError, GradientError, StateError
 from tests.core.on_device import DEVICE
 
 CONFIG = dgc.DGC(density=0.1, min_selected=1, warmup_steps=4, bucket_bytes=600)
@@ -293,14 +293,20 @@ def refuses_to_drop_what_is_in_the_memory() -> None:
     """As a GAN that clears its discriminator's gradient after its generator's backward pass."""
     ddp = ddp_of(Net())
     sgd = torch.optim.SGD(ddp.parameters(), **SGD)
-    dgc.register(ddp, sgd, CONFIG)
+    state = dgc.register(ddp, sgd, CONFIG)
     for step in range(2):
         ddp(data(step)).square().mean().backward()
+        with pytest.raises(StateError, match="lacks what is sent"):
+            state.state_dict()
         sgd.step()
         sgd.zero_grad()
         with ddp.no_sync():
             ddp(data(step + 10)).square().mean().backward()
         sgd.zero_grad()
+    saved = state.state_dict()
+    ddp(data(2)).square().mean().backward()
+    state.load_state_dict(saved)  # the step is given up
+    sgd.zero_grad()
     ddp(data(2)).square().mean().backward()
     sgd.zero_grad()
     with pytest.raises(GradientError, match=r"no step\(\) was made"):

@@ -92,7 +92,7 @@ def test_resize_refuses_what_does_not_belong_together() -> None:
     ("change", "message"),
     [
         ({"version": 0}, "version 0, here it is 3"),
-        ({"rank": 3}, "rank 3, here it is 0"),
+        ({"rank": 3}, "rank 3, here it is 0: every rank saves its own"),
         ({"world_size": 4}, "world_size 4, here it is 1: .*resize"),
         ({"local_momentum": {"other": torch.zeros(1)}}, "momentum for other"),
         ({"local_momentum": {"a_bias": torch.zeros(1)}}, r"momentum of a_bias .*\(1,\), here \(7,"),

@@ -60,7 +60,9 @@ def test_measured_costs_are_equal_on_all_ranks() -> None:
     config = dgc.DGC()
 
     def body(comm: ThreadCommunicator) -> Costs:
-        return patterns.Patterns(dgc.DGC(pattern="auto"), comm, [(30_000, 100)]).costs  # type: ignore[return-value]
+        return patterns.Patterns(
+            dgc.DGC(pattern="auto"), comm, [(30_000, 100)], torch.device("cpu")
+        ).costs  # type: ignore[return-value]
 
     first, *others = run_ranks(4, body, per_host=2)
     assert all(other == first for other in others)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import dgc
-from dgc.core import Sparse, SparseBatch
+from dgc.core import Sparse, SparseBatch, kernels
 from dgc.core.kernels import codec_reference
 from dgc.core.kernels.codec_reference import Body
 from dgc.core.layout import Layout
@@ -167,13 +167,22 @@ def test_the_bytes_are_fixed(bits: int) -> None:
 
 @pytest.mark.parametrize("kind", ["rows", "end", "even"])
 def test_what_has_no_room_stays(kind: str) -> None:
-    """Clusters: the least values are not sent, and the sender is told so."""
+    """Clusters: the least values are not sent, the sender is told so, and they keep their momentum."""
     numel, count, j = 1_000_000, 1000, torch.arange(1000)
     indices = {"rows": j % 100 + j // 100 * 100_000, "end": j + numel - count, "even": j * 1000}
     batch = SparseBatch(indices[kind], laplace(count, 1), (count,), (numel,))
-    message, values = sent(batch, 4)
+    layout, size = Layout.of([numel], DEVICE), wire.max_message_bytes([numel], [count], 4, DEVICE)
+    there = batch._replace(
+        indices=batch.indices.to(DEVICE), values=batch.values.to(DEVICE, copy=True)
+    )
+    message, values = wire.encode_batch(there, 4, message_bytes=size)
+    u, v = torch.ones(2, numel, device=DEVICE).unbind()
+    kernels.release_(u, v, layout, there, values, masking=True)
+    message, values = message.cpu(), values.cpu()
     found = wire.decode_batch(message).batch
     kept = values != 0
+    cleared = torch.zeros(numel, dtype=torch.bool).index_fill_(0, batch.indices[kept], True)
+    assert torch.equal(u.cpu() == 0, cleared)
     assert found.values.tolist() == values[kept].tolist()
     assert found.indices.tolist() == batch.indices[kept].tolist()
     least = rice_code(numel, count).fewer

@@ -1,13 +1,17 @@
 """Buckets exchange while the backward pass goes on: in order, in a profile, and in the stats."""
 
+import threading
 import time
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import dgc
 from dgc.comm.base import Handle, SelfCommunicator
+from dgc.train.bucket import CompressedBucket
 from dgc.train.optimizer import DistributedOptimizer
 
 SECONDS = 0.5
@@ -65,3 +69,31 @@ def test_an_exchange_is_hidden_behind_the_backward_pass() -> None:
     assert waited[0].elapsed_us() < 0.1e6 * SECONDS < 0.5e6 * SECONDS < waited[1].elapsed_us()
     # Under way for at least 2 · SECONDS and 1 · SECONDS, blocked for the latter.
     assert 0.5 < float(optimizer.stats()["overlap"]) < 1
+
+
+def test_threads_of_one_backward_pass_start_each_bucket_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Autograd has a thread for each device; one bucket is on its way while others become ready."""
+    params = {str(i): nn.Parameter(torch.ones(4)) for i in range(4)}
+    sgd = torch.optim.SGD(params.values(), lr=0.1)
+    config = dgc.DGC(density=1.0, bucket_bytes=1)
+    reducer = DistributedOptimizer(sgd, params.items(), config, Slow()).reducer
+    started: list[Any] = []
+
+    def send(bucket: CompressedBucket, *args: Any) -> Tensor:
+        started.append(bucket)
+        time.sleep(0.05)
+        return plain(bucket, *args)
+
+    plain = CompressedBucket.send
+    monkeypatch.setattr(CompressedBucket, "send", send)
+    for param in params.values():
+        param.grad = torch.ones(4)
+    threads = [threading.Thread(target=reducer.ready, args=(name,)) for name in params]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert reducer.finish()
+    assert started == reducer.buckets

@@ -51,10 +51,12 @@ def test_frozen_parameters_are_broadcast() -> None:
         assert torch.equal(first, second)
 
 
-def test_ranks_that_freeze_different_parameters_are_told() -> None:
+@pytest.mark.parametrize("frozen", [(0, 1), (1, None)])
+def test_ranks_that_freeze_different_parameters_are_told(frozen: tuple[int, int | None]) -> None:
     def body(comm: ThreadCommunicator) -> None:
-        model = make()
-        model[comm.rank].requires_grad_(False)
+        model, layer = make(), frozen[comm.rank]
+        if layer is not None:
+            model[layer].requires_grad_(False)
         wrap(model, comm=comm)
 
     with pytest.raises(ConfigError, match="ranks hold different models"):
@@ -93,7 +95,8 @@ def test_wrapping_again_trains_what_was_frozen() -> None:
     step(model, optimizer)
     twin.load_state_dict(model.state_dict())
     model.requires_grad_(True)
-    again = wrap(model)
+    with pytest.warns(UserWarning, match="has not sent yet is dropped"):
+        again = wrap(model)
     for _ in range(3):
         step(model, again)
         if not again.stats()["steps"]:
@@ -105,6 +108,48 @@ def test_wrapping_again_trains_what_was_frozen() -> None:
         torch.testing.assert_close(mine, wanted)
     with pytest.raises(ConfigError, match="made later"):
         optimizer.step()
+
+
+def test_what_is_frozen_after_wrapping_trains_again() -> None:
+    model = make()
+    optimizer = wrap(model)
+    before = [p.detach().clone() for p in model[0].parameters()]
+    model[0].requires_grad_(False)
+    step(model, optimizer)
+    assert all(torch.equal(p, was) for p, was in zip(model[0].parameters(), before, strict=True))
+    model[0].requires_grad_(True)
+    step(model, optimizer)
+    assert not any(
+        torch.equal(p, was) for p, was in zip(model[0].parameters(), before, strict=True)
+    )
+
+
+def test_a_state_lies_between_steps() -> None:
+    model = make()
+    optimizer = wrap(model)
+    step(model, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.zero_grad()
+    model(X).sum().backward()
+    with pytest.raises(StateError, match="lacks what is sent"):
+        optimizer.state_dict()
+    with pytest.raises(StateError, match="loaded between steps"):
+        optimizer.load_state_dict(saved)
+    optimizer.synchronize()
+    with pytest.raises(StateError, match="lacks what is sent"):
+        optimizer.state_dict()
+    optimizer.load_state_dict(saved)  # the step is given up
+    step(model, optimizer)
+
+
+def test_a_scaled_gradient_that_was_not_exchanged_is_not_stepped_with() -> None:
+    model, scaler = make(), torch.amp.GradScaler("cpu")
+    sgd = sgd_of(model, momentum=0.9)
+    optimizer = dgc.DistributedOptimizer(sgd, model.named_parameters(), ALL, scaler=scaler)
+    with optimizer.no_sync():
+        scaler.scale(model(X).sum()).backward()
+    with pytest.raises(GradientError, match="unscaled again"):
+        scaler.step(optimizer)
 
 
 def test_wrapping_between_backward_and_step_is_refused() -> None:
@@ -314,7 +359,7 @@ def test_a_parameter_of_another_size_is_refused() -> None:
     step(model, optimizer)
     model.weight.data, model.bias.data = torch.ones(30_000, 4), torch.ones(30_000)
     optimizer.zero_grad()
-    with pytest.raises(GradientError, match="elements, when it was wrapped it had"):
+    with pytest.raises(GradientError, match="elements on cpu, when it was wrapped it had"):
         model(X).sum().backward()
 
 

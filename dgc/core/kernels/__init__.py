@@ -9,7 +9,8 @@ state needs another `seed`; a float32 state does not depend on it.
 Shapes: T tensors, n elements in all, K selected.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 
 import torch
@@ -37,17 +38,21 @@ __all__ = [
 ]
 
 
-def _for(device: torch.device) -> ModuleType:
+@contextmanager
+def _for(device: torch.device) -> Iterator[ModuleType]:
+    """The implementation for `device`; a GPU is the current one meanwhile: Triton launches there."""
     # Imported when first needed: a compiler takes longer to load than all the rest.
     if device.type == "cpu":
         from dgc.core.kernels import cpu
 
-        return cpu
-    if device.type == "cuda":
+        yield cpu
+    elif device.type == "cuda":
         from dgc.core.kernels import cuda
 
-        return cuda
-    return reference
+        with torch.cuda.device(device):
+            yield cuda
+    else:
+        yield reference
 
 
 def codes_there(device: torch.device) -> bool:
@@ -77,7 +82,14 @@ def squared_norm(grads: Sequence[Tensor]) -> float:
         >>> squared_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
         25.0
     """
-    return float(_for(grads[0].device).squared_norm(dense(grads)))
+    on: dict[torch.device, list[Tensor]] = {}
+    for grad in dense(grads):
+        on.setdefault(grad.device, []).append(grad)
+    total = 0.0
+    for device, each in on.items():
+        with _for(device) as passes:
+            total += float(passes.squared_norm(each))
+    return total
 
 
 def accumulate_(
@@ -114,7 +126,8 @@ def accumulate_(
         (True, 13.0, 137.0)
     """
     entering = grads if isinstance(grads, Tensor) else dense(grads)
-    return bool(_for(v.device).accumulate_(entering, u, v, layout, update, seed))
+    with _for(v.device) as passes:
+        return bool(passes.accumulate_(entering, u, v, layout, update, seed))
 
 
 def select_(
@@ -136,7 +149,8 @@ def select_(
         >>> select_(torch.tensor([2.0, -3.0, 0.0, 0.0]), Layout.of([3, 1]), [1, 1], None).counts
         (1, 0)
     """
-    batch: SparseBatch = _for(v.device).select_(v, layout, tuple(counts), thresholds)
+    with _for(v.device) as passes:
+        batch: SparseBatch = passes.select_(v, layout, tuple(counts), thresholds)
     return batch
 
 
@@ -160,9 +174,10 @@ def accumulate_select_(
         where that is False.
     """
     entering = grads if isinstance(grads, Tensor) else dense(grads)
-    found: tuple[bool | Tensor, SparseBatch] = _for(v.device).accumulate_select_(
-        entering, u, v, layout, update, tuple(counts), thresholds, seed
-    )
+    with _for(v.device) as passes:
+        found: tuple[bool | Tensor, SparseBatch] = passes.accumulate_select_(
+            entering, u, v, layout, update, tuple(counts), thresholds, seed
+        )
     return found
 
 
@@ -196,9 +211,9 @@ def release_(
         >>> v.tolist()
         [4.0, 1.0]
     """
-    cleared: Tensor | None = _for(v.device).release_(
-        u if masking else None, v, layout, batch, sent, seed
-    )
+    held = u if masking else None
+    with _for(v.device) as passes:
+        cleared: Tensor | None = passes.release_(held, v, layout, batch, sent, seed)
     return cleared
 
 
@@ -217,7 +232,8 @@ def add_(v: Tensor, places: Tensor, values: Tensor, seed: int = 0) -> None:
         >>> v.tolist()
         [4.0, 1.0]
     """
-    _for(v.device).add_(v, places, values, seed)
+    with _for(v.device) as passes:
+        passes.add_(v, places, values, seed)
 
 
 def scatter_add_(
@@ -245,7 +261,8 @@ def scatter_add_(
         >>> [grad.tolist() for grad in grads]
         [[1.0, 4.0], [3.5, 1.0, 1.0]]
     """
-    _for(grads[0].device).scatter_add_(grads, positions, values, counts, scales)
+    with _for(grads[0].device) as passes:
+        passes.scatter_add_(grads, positions, values, counts, scales)
 
 
 def precondition_(
@@ -272,7 +289,8 @@ def precondition_(
         >>> precondition_([g], [s], torch.ones(1), torch.tensor([row])), g.item(), s.item()
         (True, 1.0, 25.0)
     """
-    found: bool | Tensor = _for(grads[0].device).precondition_(grads, seconds, scales, rows)
+    with _for(grads[0].device) as passes:
+        found: bool | Tensor = passes.precondition_(grads, seconds, scales, rows)
     return found
 
 
@@ -304,7 +322,8 @@ def decay_(
         chosen.setdefault(device, []).append(t)
     for device, which in chosen.items():
         parts = [[each[t] for t in which] for each in (grads, params, buffers)]
-        (reference if device is None else _for(device)).decay_(*parts, rows[which])
+        with nullcontext(reference) if device is None else _for(device) as passes:
+            passes.decay_(*parts, rows[which])
 
 
 def _laid_out_alike(*tensors: Tensor) -> bool:

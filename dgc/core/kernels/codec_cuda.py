@@ -70,7 +70,8 @@ def encode(
     """A message; see `codec_reference.encode`.
 
     Args:
-        batch: K ≥ 1 slots; a slot with the value 0 holds nothing, the others' indices ascend.
+        batch: K ≥ 1 slots; a slot with the value 0 holds nothing, the others' indices ascend. The
+            values of what is not sent are overwritten with 0.
         finite: bool `[]`; False sends nothing, and neither does a value that is not finite.
         code: made for the elements and the slots of the batch. Where the indices exceed its room,
             the largest `code.fewer` values are sent: of each tensor its share.

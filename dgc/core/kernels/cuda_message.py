@@ -1,7 +1,5 @@
 """zlib's checksum where the bytes are, on a GPU."""
 
-from functools import partial
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -29,7 +27,7 @@ def crc32(data: Tensor, sizes: Tensor) -> Tensor:
     """
     rows, width = data.shape
     runs = -(-width // _RUN)
-    near, far = _checksum_tables(runs, data.device)
+    near, far = _near(data.device), _far((runs - 1).bit_length(), data.device)[-runs:]
     found = torch.full((rows,), 0xFFFFFFFF, dtype=torch.int64, device=data.device)
     decode_kernels.checksum[(runs, rows)](
         data, width, runs, sizes, sizes.stride(0), near, far, found, RUN=_RUN
@@ -37,28 +35,32 @@ def crc32(data: Tensor, sizes: Tensor) -> Tensor:
     return found
 
 
-@partial(Table, last=64)  # half a megabyte each, and more
-def _checksum_tables(runs: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What a byte counts by its place in a run, `[256, 256]`, and a bit of a run's sum, `[runs, 32]`."""
+def _step() -> npt.NDArray[np.int64]:
+    """What eight more bits of zeros make of a sum, by its low byte."""
     step = np.arange(256, dtype=np.int64)
     for _ in range(8):
         step = np.where(step & 1, step >> 1 ^ 0xEDB88320, step >> 1)
+    return step
 
-    def advanced(sums: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The sums after one more byte of zeros."""
-        moved: npt.NDArray[np.int64] = step[sums & 0xFF] ^ sums >> 8
-        return moved
 
+@Table
+def _near(device: torch.device) -> Tensor:
+    """What a byte counts by its place in a run, int64 `[256, 256]`."""
+    step = _step()
     near = [step]
     for _ in range(_RUN - 1):
-        near.append(advanced(near[-1]))
-    basis = 1 << np.arange(32, dtype=np.int64)
-    over = basis
+        near.append(step[near[-1] & 0xFF] ^ near[-1] >> 8)
+    return torch.from_numpy(np.stack(near[::-1])).to(device)
+
+
+@Table
+def _far(doublings: int, device: torch.device) -> Tensor:
+    """What a bit of a run's sum counts, int64 `[2^doublings, 32]`; the last run is the last row."""
+    step, over = _step(), 1 << np.arange(32, dtype=np.int64)
+    far = [over]
     for _ in range(_RUN):
-        over = advanced(over)
-    far = [basis]
-    for _ in range(runs - 1):
+        over = step[over & 0xFF] ^ over >> 8
+    for _ in range((1 << doublings) - 1):
         bits = far[-1][:, None] >> np.arange(32) & 1
         far.append(np.bitwise_xor.reduce(np.where(bits, over, 0), axis=1))
-    tables = np.stack(near[::-1]), np.stack(far[::-1])
-    return torch.from_numpy(tables[0]).to(device), torch.from_numpy(tables[1]).to(device)
+    return torch.from_numpy(np.stack(far[::-1])).to(device)

@@ -117,7 +117,8 @@ def hold_what_fits(
 ) -> None:
     """held ← whether a value is sent: all, where scarce[t] what exceeds exact[t], or none.
 
-    Of those that equal it the first rank[t]: ties[b] are in block b, tied[b] up to its end.
+    Of those that equal it the first rank[t]: ties[b] are in block b, tied[b] up to its end. The others'
+    slots are emptied.
     """
     b = tl.program_id(0)
     t, _, slot, inside = slots_of(owners, firsts, counts, begins, BLOCK)
@@ -130,6 +131,7 @@ def hold_what_fits(
         first = tie & (before + tl.cumsum(tie.to(tl.int32)) <= tl.load(rank + t))
         sent = sent & ((bits > tl.load(exact + t)) | first)
     tl.store(held + slot, sent.to(tl.int32), mask=inside)
+    tl.store(values + slot, tl.full((BLOCK,), 0, tl.float32), mask=inside & (sent == 0))
 
 
 @triton.jit(do_not_specialize=["low_bits", "slots"], do_not_specialize_on_alignment=["count"])  # type: ignore[untyped-decorator]
