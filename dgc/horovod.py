@@ -116,6 +116,11 @@ class DistributedOptimizer(_DistributedOptimizer):
         finally:
             self._passes.clear()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `dgc.DistributedOptimizer.load_state_dict`; passes of the step at hand are forgotten."""
+        super().load_state_dict(state_dict)
+        self._passes.clear()
+
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
         """`step()` inside applies what `synchronize()`, called before, has brought.

@@ -22,8 +22,8 @@ from dgc.errors import ConfigError
 from launch import fashion_mnist, models
 from launch.compress import accuracy
 
-# The learning rate of each, the best of 0.025, 0.05, ... for LeNet-5 (see docs/log.md).
 DTYPES = {"dense": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# The learning rate of each, the best of 0.025, 0.05, ... for LeNet-5 (see docs/log.md).
 LEARNING_RATES = {"dgc": 0.1, "paper": 0.1, "dense": 0.05, "fp16": 0.05, "bf16": 0.05}
 # What loses nothing in some thousand steps, and the paper's own, unless an option says otherwise.
 DEFAULTS = {

@@ -241,7 +241,9 @@ def _choose(place: Place, device: torch.device) -> str:
         return str(dist.get_backend())
     if place.world_size == 1:
         return "none"
-    own = place.local_size <= torch.cuda.device_count() or "SLURM_GPUS_PER_TASK" in os.environ
+    own = place.local_size <= torch.cuda.device_count() or (
+        place.launcher == "srun" and "SLURM_GPUS_PER_TASK" in os.environ
+    )
     if device.type == "cuda" and own:
         return "nccl"
     return "mpi" if place.launcher in _MPI_LAUNCHERS and find_spec("mpi4py") else "gloo"

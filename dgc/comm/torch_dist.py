@@ -139,7 +139,8 @@ class TorchCommunicator:
             tensor.detach().copy_(whole)
 
     def barrier(self) -> None:
-        work = _checked(lambda: dist.barrier(group=self.group, async_op=True))
+        gpu = None if self.device.index is None else [self.device.index]  # nccl guesses one else
+        work = _checked(lambda: dist.barrier(group=self.group, async_op=True, device_ids=gpu))
         self._pending(work, torch.empty(0)).wait()
 
     def split(self, color: int) -> Communicator:

@@ -70,7 +70,8 @@ def topk_mask(tensor: Tensor, k: int) -> Tensor:
         return mask.index_fill_(0, select_topk(flat, k).indices, True).view(tensor.shape)
     if bool(flat.isnan().any()):
         raise ConfigError("some elements are nan: magnitudes have no order")
-    ordered = (flat if flat.dtype == torch.float64 else flat.float()).abs().numpy()
+    wide = torch.float64 if flat.dtype == torch.float64 else torch.float32
+    ordered = flat.abs().to(wide).numpy()
     ordered.partition(flat.numel() - k)
     kth = float(ordered[flat.numel() - k])
     del ordered

@@ -4,10 +4,12 @@ Importing this package imports none of them. Each module registers the hook once
 wrapped the model, and keeps the memory in the framework's own checkpoints.
 """
 
+import math
 import sys
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
@@ -51,7 +53,7 @@ def register_prepared(
     optimizer: Optimizer,
     compression: Compression | None,
     scaler: GradScaler | None,
-    **clips: float | None,
+    **limits: float | None,
 ) -> HookState:
     """`dgc.register` for a model and an optimizer as a framework has wrapped them.
 
@@ -60,7 +62,7 @@ def register_prepared(
         optimizer: as the framework wraps it, or plain.
         compression: `DGC()` by default.
         scaler: the framework's, if it has one.
-        clips: the framework's option that clips what arrives, with its value.
+        limits: the framework's option that limits the norm of what arrives, with its value.
 
     Raises:
         ConfigError: the framework did not choose DDP, or clips what is no gradient; and what
@@ -74,12 +76,27 @@ def register_prepared(
         )
     inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate and Lightning wrap it
     config = DGC() if compression is None else compression
-    for option, limit in clips.items():
-        steps = isinstance(inner, Adam)  # and these are not hurt by it
-        if limit and isinstance(config, DGC) and not (steps and config.momentum_correction):
+    for option, limit in limits.items():
+        if clips(inner, config, limit):
             raise ConfigError(
                 f"{option}={limit} clips what arrives: of few elements what each gathered in many steps, "
                 f"whose norm is many times a gradient's, and what is cut is lost. Set {option}=0 and, to "
                 f"clip gradients before that, dgc.DGC(clip_norm={limit})"
             )
     return register_ddp(model, inner, compression, scaler=scaler)
+
+
+def clips(optimizer: Optimizer, config: Compression, limit: float | None) -> bool:
+    """Whether a limit on the norm of what arrives would take from it.
+
+    Not where all of it is Adam's steps, which are too small for that; see `dgc.train.adam`.
+
+    Example:
+        >>> clips(torch.optim.SGD([torch.ones(1)], lr=0.1), DGC(), 1.0)
+        True
+    """
+    if not isinstance(config, DGC) or not 0 < (limit or 0.0) < math.inf:
+        return False
+    steps = isinstance(optimizer, Adam) and config.momentum_correction and not config.exclude
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return not steps or any(param.dtype is torch.float16 for param in params)

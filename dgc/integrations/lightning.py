@@ -1,5 +1,6 @@
 """Lightning: `Trainer(strategy="ddp", callbacks=[DGCCallback(dgc.DGC(...))])`."""
 
+import warnings
 from typing import Any
 
 import torch.distributed as dist
@@ -7,7 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from dgc.config import Compression
-from dgc.errors import ConfigError
+from dgc.errors import ConfigError, StateError
 from dgc.integrations import need, register_prepared
 from dgc.train.checkpoint import resize
 from dgc.train.hook import HookState
@@ -43,6 +44,7 @@ class DGCCallback(_Callback):  # type: ignore[misc]
         self.compression = compression
         self.state: HookState | None = None
         self._loaded: list[dict[str, Any]] = []
+        self._group: dist.ProcessGroup | None = None  # for checkpoints
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The model is wrapped and the checkpoint read: register the hook."""
@@ -56,6 +58,8 @@ class DGCCallback(_Callback):  # type: ignore[misc]
             *(trainer.strategy.model, trainer.optimizers[0], self.compression, scaler),
             gradient_clip_val=trainer.gradient_clip_val,
         )
+        if dist.get_backend() == "nccl" and self._group is None:  # which would gather on one GPU
+            self._group = dist.new_group(backend="gloo")
         states, self._loaded = self._loaded, []
         if states:
             rank, world_size = self.state.comm.rank, self.state.comm.world_size
@@ -66,13 +70,31 @@ class DGCCallback(_Callback):  # type: ignore[misc]
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Called on all ranks; rank 0 writes what all of them hold."""
         if self.state is not None:
-            own = tree_map_only(Tensor, lambda tensor: tensor.cpu(), self.state.state_dict())
             states = [None] * self.state.comm.world_size if trainer.is_global_zero else None
-            dist.gather_object(own, states)
-            if states is not None:
+            dist.gather_object(self._own_state(), states, group=self._group)
+            if states is not None and None not in states:
                 checkpoint[_KEY] = states
+            elif states is not None:
+                warnings.warn(
+                    "this checkpoint is without the memory of its ranks: it was saved between a "
+                    "backward pass and its step",
+                    stacklevel=2,
+                )
+
+    def _own_state(self) -> Any:
+        """This rank's, on the CPU; None between a backward pass and its step, as in signal handlers."""
+        assert self.state is not None
+        try:
+            return tree_map_only(Tensor, lambda tensor: tensor.cpu(), self.state.state_dict())
+        except StateError:
+            return None
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """The model is not wrapped yet: keep it for `on_train_start`."""
         if trainer.state.fn == "fit":  # and not to test or validate a checkpoint
             self._loaded = checkpoint.get(_KEY, [])
+            if not self._loaded:
+                warnings.warn(
+                    "training resumes without the memory of its ranks: the checkpoint has none",
+                    stacklevel=2,
+                )

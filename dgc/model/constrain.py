@@ -12,6 +12,7 @@ What defines the constraint is a buffer of the module that owns the parameter, s
 the forward hook, which is, installs them on the copy's own parameter.
 """
 
+from collections.abc import Iterable
 from typing import Any
 from weakref import ref
 
@@ -98,7 +99,13 @@ class Constraint:
         """Overwrite the parameter with its projection."""
         # Through .data: the projection changes nothing that a pending backward pass has read
         # (it is idempotent), and so must not look to autograd as if it did.
-        self.project_(self.buffer(module), module.get_parameter(self.name).data)
+        parameter = module.get_parameter(self.name)
+        if is_sharded(parameter):
+            raise ConfigError(
+                f"{self.name!r} of {type(module).__name__} is constrained and was sharded since: lift "
+                "the constraints by dgc.model.release(model), and prune and share models that are not"
+            )
+        self.project_(self.buffer(module), parameter.data)
 
     def bind(self, module: nn.Module) -> None:
         """Hook the gradient of the parameter, once."""
@@ -198,7 +205,8 @@ def remove(module: nn.Module, name: str) -> None:
     constraint = constraint_of(module, name)
     if constraint is None:
         return
-    constraint.enforce_(module)
+    if not is_sharded(module.get_parameter(name)):
+        constraint.enforce_(module)
     for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks):
         for key, hook in list(hooks.items()):
             if hook is constraint or getattr(hook, "__self__", None) is constraint:
@@ -256,6 +264,10 @@ def choose(
     """
     for name, parameter in model.named_parameters():
         refuse_sharded(parameter, name)
+        if parameter.is_meta:
+            raise ConfigError(
+                f"{name!r} is on the device meta, without values: load the weights first"
+            )
     if not isinstance(setting, dict):
         weights = weights_of(model)
         if not weights:
@@ -273,10 +285,21 @@ def choose(
     return chosen
 
 
+def refuse_others(names: Iterable[str], chosen: Iterable[str], what: str, by: str) -> None:
+    """Raise a `ConfigError` if `what` is given for a name that `by` is not: it would do nothing."""
+    if others := sorted(set(names) - set(chosen)):
+        raise ConfigError(f"{what} of {others[0]}, which has no {by}: give it one, or leave it out")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a `DTensor`."""
+    # By name: its module is slow to import, and not in every build of torch.
+    return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
+
+
 def refuse_sharded(tensor: Tensor, name: str) -> None:
     """Raise a `ConfigError` if `tensor`, called `name`, is a `DTensor`, as in FSDP2."""
-    # By name: its module is slow to import, and not in every build of torch.
-    if any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__):
+    if is_sharded(tensor):
         raise ConfigError(
             f"{name!r} is sharded, a DTensor: gather the full state first, by "
             "torch.distributed.checkpoint.state_dict.get_model_state_dict with "

@@ -85,7 +85,7 @@ def unpack(raw: bytes) -> tuple[dict[str, Entry], dict[str, str]]:
         FileError: if `raw` is not exactly a file that `pack` can write.
     """
     size = int.from_bytes(raw[:8], "little")
-    if not raw[8:].startswith(_START):
+    if not raw.startswith(_START, 8):
         raise FileError("not a compressed model of this version: it does not start as one")
     if size > min(MAX_HEADER_BYTES, len(raw) - 8) or size < len(_START) + _HASH_CHARS:
         raise FileError(f"a header of {size} bytes in a file of {len(raw)}: it is cut short")

@@ -2,19 +2,22 @@
 
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dgc.core.codebook import CHUNK, lookup, places
 from dgc.core.entropy import count_symbols
 from dgc.errors import ConfigError, FileError, StateError
 from dgc.model import container, report
 from dgc.model.bytes import Reader
-from dgc.model.constrain import constrained, refuse_sharded, release, weights_of
+from dgc.model.constrain import bind_root, constrained, refuse_sharded, release, weights_of
 from dgc.model.container import CODED, Entry
 from dgc.model.layer import CODERS, DTYPES, Decoder, Head, Layer, encode_layers, read_head
 from dgc.model.prune import Mask
@@ -46,7 +49,9 @@ def save(
         path: written to a sibling that is then renamed; links are followed, devices and pipes
             written to as they are.
         coder: `"ans"`, or `"huffman"` as in the paper (larger).
-        half: store biases, norms, floating buffers and codebooks in 16 bits.
+        half: store codebooks and all that is not coded, as biases, norms, floating buffers and weights
+            of many values, in 16 bits where it is float32; what is not coded only in a model without
+            float16 tensors of its own.
 
     Returns:
         A table, to print; `.file_bytes` is the size of the file.
@@ -71,9 +76,13 @@ def save(
 def plain_state(model: nn.Module) -> State:
     """`model.state_dict()` without the buffers of masks and codes."""
     own = {id(c.buffer(module)) for module, c in constrained(model)}
-    named = model.named_buffers(remove_duplicate=False)
-    hidden = {name for name, buffer in named if id(buffer) in own}
-    return {name: value for name, value in model.state_dict().items() if name not in hidden}
+    # By identity: wrappers, as for checkpointing of activations, give a state other names.
+    state = model.state_dict(keep_vars=True)
+    return {name: _detached(value) for name, value in state.items() if id(value) not in own}
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value  # extra state may be anything
 
 
 def save_state(
@@ -117,13 +126,17 @@ def checked(state: Mapping[str, Tensor]) -> State:
             raise ConfigError(f"{name!r} is {what}: a file holds tensors of {_dtype_names()}")
         refuse_sharded(value, name)
         if value.is_meta:
-            raise ConfigError(f"{name!r} is on the device meta: give it memory by model.to_empty")
+            raise ConfigError(
+                f"{name!r} is on the device meta, without values: load the weights first, or to load a "
+                "file into it give it memory by model.to_empty"
+            )
         if value.dim() > container.MAX_DIMENSIONS:
             raise ConfigError(
                 f"{name!r} has {value.dim()} dimensions: at most {container.MAX_DIMENSIONS}"
             )
         too_large = container.span(value.shape) >= container.MAX_NUMEL
-        if value.is_sparse or too_large or name.endswith(CODED) or name == "__metadata__":
+        strided = value.layout == torch.strided and not is_traceable_wrapper_subclass(value)
+        if not strided or too_large or name.endswith(CODED) or name == "__metadata__":
             raise ConfigError(f"{name!r} cannot be saved: give dense tensors, no name in {CODED!r}")
     return dict(state)
 
@@ -275,9 +288,10 @@ def load(model: nn.Module, path: str | Path, *, constrain: bool = False) -> nn.M
 
     Args:
         model: of the class that was saved; overwritten, its masks and shared values lifted.
-        path: the file. Nothing in it is executed, and what is allocated is `model`'s own size.
-        constrain: hold the zeros and shared values of the file's weights (those of
-            `dgc.model.weights_of`) from now on, to train further.
+        path: the file. Nothing in it is executed, and what is allocated goes by `model`'s own size.
+        constrain: hold the zeros and shared values of the file's weights from now on, to train further:
+            those of `dgc.model.weights_of` that are coded (see `save`), so not weights of less than 64
+            elements, or with fewer zeros.
 
     Returns:
         `model`.
@@ -292,7 +306,10 @@ def load(model: nn.Module, path: str | Path, *, constrain: bool = False) -> nn.M
     _match(opened, checked(plain_state(model)), path)
     state, layers = opened.decode()
     release(model)
-    model.load_state_dict(state, strict=True)
+    # Of the versions that the modules have now, as the names and shapes are: nothing is converted.
+    current = OrderedDict(state)
+    current._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
+    model.load_state_dict(current, strict=True)
     if constrain:
         _constrain(model, layers)
     return model
@@ -315,15 +332,17 @@ def _match(opened: Opened, target: State, path: str | Path) -> None:
 
 def _constrain(model: nn.Module, layers: dict[str, Layer]) -> None:
     # Of a bias or buffer a file cannot say whether it was pruned or is small by chance.
-    for name, (module, own) in weights_of(model).items():
-        if name not in layers:
+    weights = {id(m.get_parameter(own)): (m, own) for m, own in weights_of(model).values()}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name not in layers or id(value) not in weights:
             continue
-        layer = layers[name]
+        layer, (module, own) = layers[name], weights[id(value)]
         codes = layer.codes.to(module.get_parameter(own).device)
         if layer.literal:
             Mask(own).install(module, codes != 0)
         else:
             Shared(own).install(module, codes)
+    bind_root(model)
 
 
 def read_state(path: str | Path, *, max_bytes: int | None = None) -> State:
@@ -347,7 +366,8 @@ def check_size(opened: Opened, max_bytes: int | None = None) -> None:
     total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in opened.shapes().values())
     if total > limit:
         raise FileError(
-            f"decodes to {total} bytes, the limit is {limit}: give max_bytes to raise it"
+            f"decodes to {total} bytes, the limit is {limit}: load it into a model, or raise that by "
+            "dgc.model.read_state(path, max_bytes=...)"
         )
 
 

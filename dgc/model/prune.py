@@ -18,6 +18,7 @@ from dgc.model.constrain import (
     choose,
     constraint_of,
     refuse_non_finite,
+    refuse_others,
     weights_of,
 )
 
@@ -57,7 +58,7 @@ def prune(
             unless named.
         density: share of weights kept, in (0, 1], for all or by layer or parameter name.
         scope: `"layer"`, each weight tensor to its own density; `"global"`, one number for all
-            of them together, so that layers compete.
+            of them together, so that layers compete, which takes several times their memory.
         structure: γ, for all weights or by name. A weight counts as |w|·(‖row‖·‖column‖)^γ, rows
             being the first dimension, so that rows and columns that hold much keep more of it. Such
             positions cost fewer bytes in the file: with 0.5 for LeNet-5's large layer a quarter
@@ -85,6 +86,7 @@ def prune(
         refuse_unmaskable(module, own)
     by_name = structure if isinstance(structure, dict) else dict.fromkeys(chosen, structure)
     gammas = {n: gamma for n, (_, _, gamma) in choose(model, by_name, "structure").items()}
+    refuse_others(gammas, chosen, "structure", "density")
     for name, gamma in gammas.items():
         if not 0 <= gamma < float("inf"):
             raise ConfigError(f"structure of {name} is {gamma}: give 0 or more")
@@ -122,9 +124,11 @@ def _top(weight: Tensor, density: float) -> Tensor:
 
 
 def _global_masks(weights: dict[str, Tensor], density: float) -> dict[str, Tensor]:
-    every = torch.cat([weight.reshape(-1) for weight in weights.values()])
+    device = next(iter(weights.values())).device
+    every = torch.cat([weight.reshape(-1).to(device) for weight in weights.values()])
     parts = _top(every, density).split([weight.numel() for weight in weights.values()])
-    return {n: p.view(w.shape) for (n, w), p in zip(weights.items(), parts, strict=True)}
+    pairs = zip(weights.items(), parts, strict=True)
+    return {name: part.view(weight.shape).to(weight.device) for (name, weight), part in pairs}
 
 
 def apply_mask(module: nn.Module, name: str, kept: Tensor) -> None:
@@ -258,13 +262,17 @@ def l1_penalty(model: nn.Module) -> Tensor:
     Drives weights to zero; after pruning, retraining with L2 is more accurate (arXiv 1506.02626,
     section 3.1).
     """
-    return torch.stack([_weight(pair).abs().sum() for pair in weights_of(model).values()]).sum()
+    return _total([weight.abs().sum() for weight in _weights(model)])
 
 
 def l2_penalty(model: nn.Module) -> Tensor:
     """Σ w² over the weights that `prune` acts on, a scalar to add to the loss."""
-    return torch.stack([_weight(pair).square().sum() for pair in weights_of(model).values()]).sum()
+    return _total([weight.square().sum() for weight in _weights(model)])
 
 
-def _weight(pair: tuple[nn.Module, str]) -> Tensor:
-    return pair[0].get_parameter(pair[1])
+def _weights(model: nn.Module) -> list[Tensor]:
+    return [module.get_parameter(own) for module, own in weights_of(model).values()]
+
+
+def _total(sums: list[Tensor]) -> Tensor:
+    return torch.stack([each.to(sums[0].device) for each in sums]).sum()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dgc.core import codebook
 from dgc.errors import ConfigError
-from dgc.model.constrain import Constraint, bind_root, choose, refuse_non_finite
+from dgc.model.constrain import Constraint, bind_root, choose, refuse_non_finite, refuse_others
 from dgc.model.progress import bar
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -86,12 +86,14 @@ def share(
 
     Weights that are zero stay zero. Retrain with any loop afterwards: values learn by the gradient
     summed over their members, codes stay. Optimizers keep working; one made afresh carries no
-    momentum from before.
+    momentum from before. Of averaged copies (EMA) leave the codes alone, which are buffers: torch's
+    `AveragedModel(use_buffers=True)` would average them too.
 
     Args:
         model: changed in place; masks of `prune` become code 0.
         bits: 1 to 8, for all weights or by layer or parameter name.
-        init: `"kmeans"` (optimal), `"linear"`, `"density"` or `"random"`.
+        init: `"kmeans"` (optimal where weights × levels are 2^22 at most; beyond, of means of runs of
+            neighbours, so that single outliers count for little), `"linear"`, `"density"` or `"random"`.
         penalty: λ ≥ 0: squared error, relative to the mean square, worth one coded bit. Around
             0.001 to 0.03 it drops rare values and prunes further; 0 takes the nearest value.
         progress: show a bar.
@@ -120,6 +122,7 @@ def share(
     chosen = choose(model, bits, "bits")
     by_name = penalty if isinstance(penalty, dict) else dict.fromkeys(chosen, penalty)
     penalties = {n: price for n, (_, _, price) in choose(model, by_name, "penalty").items()}
+    refuse_others(penalties, chosen, "penalty", "bits")
     for name, price in penalties.items():
         if not 0 <= price < float("inf"):
             raise ConfigError(f"penalty of {name} is {price}: give 0 or more")

@@ -46,10 +46,10 @@ class Fsdp2State(Attached):
         self.params = params
         # The reducer sees this rank's shards alone.
         shards = {name: Parameter(local(p).detach()) for name, p in params.items()}
-        every = {name: local(p).detach() for name, p in model.named_parameters()}  # frozen ones too
+        every = {name: local(p) for name, p in model.named_parameters()}  # frozen ones too
         check_agreement(every, config.describe(), self.comm)
         for shard in every.values():
-            self.comm.broadcast_(shard)
+            self.comm.broadcast_(shard.detach())
         self.inner = InnerStep(optimizer, params, config, self.comm.world_size, scaler)
         self.reducer = self.inner.reducer(shards, self.comm)
         self._shards = TorchCommunicator(_mesh(params).get_group(), device=device)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from dgc.comm.base import Communicator
+from dgc.core import kernels
 from dgc.train.bucket import Bucket, Row
+from dgc.train.recorded import Recorder
 
 
 class Cost(NamedTuple):
@@ -39,11 +41,12 @@ class Cost(NamedTuple):
 
 
 def measure(bucket: Bucket, comm: Communicator, device: torch.device, repeats: int) -> Cost:
-    """Time `repeats` exchanges of gradients drawn anew, after two to warm up."""
+    """Time `repeats` exchanges of gradients drawn anew, after some to warm up."""
+    settling = 2 * Recorder.unrecorded + 2 if kernels.codes_there(device) else 2
     numels = bucket.layout.numels
     rows, used = [Row(lr=0.1, applied_lr=0.1)] * len(numels), [True] * len(numels)
     times = []
-    for attempt in range(repeats + 2):
+    for attempt in range(repeats + settling):
         generator = torch.Generator().manual_seed(1000 * attempt + comm.rank)
         grads = [
             torch.randn(numel, generator=generator, dtype=torch.float32).to(device)
@@ -59,7 +62,7 @@ def measure(bucket: Bucket, comm: Communicator, device: torch.device, repeats: i
         bucket.applied_()
         decoding = _now(device) - arrived
         times.append((sent - started + decoding, arrived - sent, decoding))
-    medians = [median(column) for column in zip(*times[2:], strict=True)]
+    medians = [median(column) for column in zip(*times[settling:], strict=True)]
     slowest = largest(torch.tensor(medians), comm)
     return Cost(sum(numels), payload.nbytes, *slowest)
 

@@ -30,8 +30,8 @@ _twins = Twins()
 
 _ANEW = (
     "an earlier DistributedOptimizer has made steps with these parameters: what it has not sent yet is "
-    "dropped, and the warm-up begins again. To train layers later, wrap while all require gradients, "
-    "and then freeze these"
+    "dropped, unless its state is loaded into this one, and the warm-up begins again. To train layers "
+    "later without that, wrap while all require gradients, and then freeze these"
 )
 
 
@@ -55,8 +55,9 @@ class DistributedOptimizer(Optimizer):
     """Wraps an optimizer: gradients are exchanged during backward, `step` applies their mean.
 
     Parameters, frozen ones too (and buffers, where given), are overwritten with those of rank 0 at
-    construction. What is frozen after that costs little and may train again. To train others, wrap
-    again: parameters belong to the wrapper that was made last, and its memory and warm-up begin anew.
+    construction. What is frozen after that may train again, and costs until then what it did. To train
+    others, wrap again: parameters belong to the wrapper that was made last, whose memory and warm-up
+    begin anew.
     With momentum correction the options of the wrapped optimizer (SGD's momentum with Nesterov,
     dampening and weight decay; Adam's second moment) are read from its param groups at each step, so
     schedulers keep working, and applied once: here. With Adam what arrives in `.grad` is a small
@@ -208,7 +209,8 @@ class DistributedOptimizer(Optimizer):
         if not self._synchronized and self.scaler is not None and self.scaler.is_enabled():
             raise GradientError(
                 "scaler.step() without an exchange: its gradients are unscaled already, and would be "
-                "unscaled again. Leave no_sync() before the last backward pass of a step"
+                "unscaled again. Leave no_sync() before the last backward pass of a step, or call "
+                "synchronize() before scaler.step()"
             )
         self.synchronize()
         self._synchronized = False

@@ -92,7 +92,7 @@ class _Place:
 class Sender:
     """`send_` of one memory. What it returns is overwritten by the next call.
 
-    Warm-up is not recorded: a graph keeps the memory of its work, some 80 bytes for each element that
+    Warm-up is not recorded: a graph keeps the memory of its work, some 320 bytes for each element that
     may be sent, which buckets in turn share otherwise.
     """
 

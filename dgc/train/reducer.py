@@ -276,9 +276,8 @@ class Reducer:
         if name in self._given:
             return self._given[name]
         param = self.params[name]
-        if (now := (param.numel(), param.device)) != self._known[
-            name
-        ]:  # compiled loops go by these
+        now = param.numel(), param.device
+        if now != self._known[name]:  # compiled loops go by these
             raise GradientError(
                 f"{name} has {now[0]} elements on {now[1]}, when it was wrapped it had "
                 "{} on {}: wrap again after a parameter has changed".format(*self._known[name])

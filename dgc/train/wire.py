@@ -129,7 +129,8 @@ def encode_batch(
     """One message of fixed size for a bucket.
 
     A batch with a value that is not finite, or `finite=False`, gives a message without values
-    that tells every receiver so. For a batch on a GPU see `assemble.encode_rice`.
+    that tells every receiver so. For a batch on a GPU see `assemble.encode_rice`; there what is not
+    sent is overwritten with 0 in it.
 
     Args:
         batch: what to send.

@@ -1,11 +1,16 @@
 """The frameworks' own training loops, each on two gloo ranks under torchrun."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+import dgc
 from dgc.errors import MissingPackageError
-from dgc.integrations import need
+from dgc.integrations import clips, need
 from tests.launching import ROOT, torchrun
 
 
@@ -15,6 +20,30 @@ def test_trains_and_resumes(framework: str, tmp_path: Path) -> None:
     script = ROOT / "tests" / "ranks" / f"{framework}_loop.py"
     done = torchrun(2, str(script), str(tmp_path))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+
+ADAM, SGD = (partial(each, lr=0.1) for each in (torch.optim.AdamW, torch.optim.SGD))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "config", "limit", "refused"),
+    [
+        (SGD, dgc.DGC(), 1.0, True),
+        (SGD, dgc.DGC(), 0.0, False),
+        (SGD, dgc.DGC(), None, False),
+        (SGD, dgc.DGC(), torch.inf, False),
+        (SGD, dgc.Dense(), 1.0, False),
+        (ADAM, dgc.DGC(), 1.0, False),
+        (ADAM, dgc.DGC(exclude=("bias",)), 1.0, True),
+        (ADAM, dgc.DGC(momentum_correction=False), 1.0, True),
+    ],
+)
+def test_a_limit_on_what_arrives_is_refused(
+    optimizer: Any, config: Any, limit: float | None, refused: bool
+) -> None:
+    params = [nn.Parameter(torch.ones(1))]
+    clipped = clips(optimizer(params), config, limit)
+    assert clipped == refused
 
 
 def test_a_missing_framework_is_named_with_its_command() -> None:

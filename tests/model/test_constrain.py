@@ -4,6 +4,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dgc.errors import ConfigError
-from dgc.model import prune, release, share
+from dgc.model import load, prune, release, save, share
 from dgc.model.constrain import constrained
 from tests.processes import run_processes
 
@@ -170,7 +171,10 @@ def test_state_dict_carries_masks_to_another_model() -> None:
     pruned_stay_zero(twin, masks_of(model))
 
 
-def test_an_output_projection_whose_forward_is_never_called_is_bound_in_a_copy() -> None:
+@pytest.mark.parametrize("loaded", [False, True])
+def test_an_output_projection_whose_forward_is_never_called_is_bound_in_a_copy(
+    loaded: bool, tmp_path: Path
+) -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -180,7 +184,11 @@ def test_an_output_projection_whose_forward_is_never_called_is_bound_in_a_copy()
             return self.attention(x, x, x)[0]
 
     torch.manual_seed(0)
-    model = copy.deepcopy(prune(Attention(), density=0.5))
+    model = prune(Attention(), density=0.5)
+    if loaded:
+        save(model, tmp_path / "m")
+        model = load(Attention(), tmp_path / "m", constrain=True)
+    model = copy.deepcopy(model)
     weight = model.attention.out_proj.weight
     mask = weight != 0
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1, weight_decay=0.1)

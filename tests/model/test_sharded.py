@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dgc.errors import ConfigError
-from dgc.model import load, prune, prune_by_std, save, sensitivity, share
+from dgc.model import load, prune, prune_by_std, release, save, sensitivity, share
 from tests.processes import run_processes
 
 
@@ -46,3 +46,20 @@ def test_sharded_models_are_refused() -> None:
     assert len(found) == 6
     for message in found:
         assert message.startswith("'weight' is sharded, a DTensor: gather the full state first")
+
+
+def sharded_after_pruning() -> list[str]:
+    """What is said, until the constraints are lifted."""
+    model = prune(nn.Sequential(nn.Linear(9, 9)), 0.5)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ConfigError) as caught:
+        model.state_dict()
+    release(model)
+    assert list(model.state_dict()) == ["0.weight", "0.bias"]
+    model(torch.ones(1, 9)).sum().backward()
+    return [str(caught.value)]
+
+
+def test_a_pruned_model_that_is_sharded_says_how_to_go_on() -> None:
+    ((found,),) = run_processes(1, {"sharded": sharded_after_pruning})["sharded"]
+    assert "release(model)" in found

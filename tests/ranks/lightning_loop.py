@@ -1,4 +1,4 @@
-"""Lightning's Trainer on each rank: accumulation, clipping, checkpoints, and going on."""
+"""Lightning's Trainer on each rank: accumulation, checkpoints, and going on."""
 
 import sys
 from pathlib import Path

@@ -51,7 +51,9 @@ def sent(
     batch: SparseBatch, bits: int, finite: bool = True, used: list[bool] | None = None
 ) -> tuple[Tensor, Tensor]:
     size = wire.max_message_bytes(batch.numels, batch.counts, bits, DEVICE)
-    there = batch._replace(indices=batch.indices.to(DEVICE), values=batch.values.to(DEVICE))
+    there = batch._replace(
+        indices=batch.indices.to(DEVICE), values=batch.values.to(DEVICE, copy=True)
+    )
     options: dict[str, Any] = {"message_bytes": size, "used": used}
     ok = torch.tensor(finite, device=DEVICE)
     message, values = wire.encode_batch(there, bits, finite=ok, **options)

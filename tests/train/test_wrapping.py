@@ -1,4 +1,4 @@
-"""What may happen around the training loop: wrapping again, unfreezing, interrupts, bad states."""
+"""What may happen around the training loop: wrapping again, unfreezing, interrupts."""
 
 import copy
 import gc
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import dgc
-from dgc.errors import ConfigError, GradientError, StateError
+from dgc.errors import ConfigError, GradientError
 from tests.threads import ThreadCommunicator, run_ranks
 
 ALL = dgc.DGC(density=1.0, value_bits=32, momentum_masking=False)
@@ -124,24 +124,6 @@ def test_what_is_frozen_after_wrapping_trains_again() -> None:
     )
 
 
-def test_a_state_lies_between_steps() -> None:
-    model = make()
-    optimizer = wrap(model)
-    step(model, optimizer)
-    saved = copy.deepcopy(optimizer.state_dict())
-    optimizer.zero_grad()
-    model(X).sum().backward()
-    with pytest.raises(StateError, match="lacks what is sent"):
-        optimizer.state_dict()
-    with pytest.raises(StateError, match="loaded between steps"):
-        optimizer.load_state_dict(saved)
-    optimizer.synchronize()
-    with pytest.raises(StateError, match="lacks what is sent"):
-        optimizer.state_dict()
-    optimizer.load_state_dict(saved)  # the step is given up
-    step(model, optimizer)
-
-
 def test_a_scaled_gradient_that_was_not_exchanged_is_not_stepped_with() -> None:
     model, scaler = make(), torch.amp.GradScaler("cpu")
     sgd = sgd_of(model, momentum=0.9)
@@ -221,76 +203,10 @@ def test_frozen_parameters_with_old_gradients_of_zero() -> None:
     step(model, wrap(model))
 
 
-def test_a_state_between_backward_and_step_is_refused() -> None:
-    model = make()
-    optimizer = wrap(model)
-    model(X).square().sum().backward()
-    with pytest.raises(StateError, match="lacks what is sent"):
-        optimizer.state_dict()
-    optimizer.step()
-    optimizer.state_dict()
-
-
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
 def test_the_wrapper_is_not_copied(copied: Callable[[object], object]) -> None:
     with pytest.raises(ConfigError, match="use state_dict"):
         copied(wrap(make()))
-
-
-CHANGES = [{"fold_lr": True}, {"momentum_correction": False}]
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-def test_residuals_of_another_unit_are_refused(kind: type, change: dict[str, bool]) -> None:
-    def state(**changes: bool) -> dgc.DistributedOptimizer:
-        model = make()
-        config = dgc.DGC(density=0.5, **changes)  # type: ignore[arg-type]
-        optimizer = dgc.DistributedOptimizer(
-            kind(model.parameters(), lr=0.1), model.named_parameters(), config
-        )
-        step(model, optimizer)
-        return optimizer
-
-    for one, other in ((state(), state(**change)), (state(**change), state())):
-        before = copy.deepcopy(other.state_dict())
-        with pytest.raises(StateError):
-            other.load_state_dict(one.state_dict())
-        after = other.state_dict()["memory"]
-        for name, memory in before["memory"].items():
-            assert all(torch.equal(after[name][key], t) for key, t in memory.items())
-
-
-def test_a_state_of_other_groups_changes_nothing() -> None:
-    model = make()
-    groups = [{"params": layer.parameters()} for layer in model]
-    sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-    two = dgc.DistributedOptimizer(sgd, model.named_parameters(), dgc.DGC(density=0.5))
-    step(model, two)
-    model = make()
-    one = wrap(model, dgc.DGC(density=0.5))
-    with pytest.raises(StateError, match="parameter groups"):
-        one.load_state_dict(two.state_dict())
-    assert one.state_dict()["step"] == 0
-    assert not any(m["v"].any() for m in one.state_dict()["memory"].values())
-
-
-def test_options_of_a_state_that_the_inner_optimizer_loads_count_at_once() -> None:
-    config = dgc.DGC(density=0.5, fold_lr=True)
-    model, twin = make(), make()
-    optimizer = wrap(model, config)
-    for factor in (1.0, 0.2, 0.2):
-        optimizer.param_groups[0]["lr"] *= factor
-        step(model, optimizer)
-    again = wrap(twin, config)
-    twin.load_state_dict(model.state_dict())
-    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    optimizer.param_groups[0]["lr"] = 0.5
-    again.optimizer.load_state_dict(copy.deepcopy(optimizer.optimizer.state_dict()))
-    step(model, optimizer)
-    step(twin, again)
-    for mine, wanted in zip(twin.parameters(), model.parameters(), strict=True):
-        assert torch.equal(mine, wanted)
 
 
 def test_dampening_without_momentum_is_none() -> None:

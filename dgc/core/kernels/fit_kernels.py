@@ -231,8 +231,9 @@ def give_codes(
         under, over = low + span * below // STEPS, low + span * above // STEPS
         up = _float(bits) > (_float(under) + _float(over)) / 2
         code, level = tl.where(up, above, below), tl.where(up, over, under)
-    size = level.to(tl.int32).to(tl.float32, bitcast=True)
-    negative = tl.load(values + slot, mask=bits > 0, other=0.0) < 0
+    negative = (tl.load(values + slot, mask=bits > 0, other=0.0) < 0).to(tl.int64)
+    # By its bits: Triton's minus of 0 is 0, a receiver's is not.
+    value = (level | negative << 31).to(tl.int32).to(tl.float32, bitcast=True)
     to = symbols + tl.load(counted + slot, mask=bits > 0, other=1) - 1
-    tl.store(to, code | negative.to(tl.int64) << (VALUE_BITS - 1), mask=bits > 0)
-    tl.store(decoded + slot, tl.where(bits > 0, tl.where(negative, -size, size), 0.0), mask=inside)
+    tl.store(to, code | negative << (VALUE_BITS - 1), mask=bits > 0)
+    tl.store(decoded + slot, tl.where(bits > 0, value, 0.0), mask=inside)
