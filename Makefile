@@ -15,7 +15,13 @@ export PATH := $(BIN):$(PATH)
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml .ci/constraints.txt
+# Says what the environment was made with: another TORCH or PYTHON makes it anew.
+$(VENV)/.made: FORCE
+	@mkdir -p $(VENV)
+	@echo '$(PYTHON) $(TORCH)' | cmp -s - $@ || echo '$(PYTHON) $(TORCH)' > $@
+FORCE:
+
+$(VENV)/.ready: pyproject.toml .ci/constraints.txt $(VENV)/.made
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[mpi,integrations,plots,dev]'

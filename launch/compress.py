@@ -216,9 +216,12 @@ def _prune_and_train(model: nn.Module, data: Data, recipe: Recipe, **extra: obje
     )
 
     def lower(step: int, steps: int) -> None:
-        end = max(1, 2 * steps // 3)
+        end = min(max(1, 2 * steps // 3), steps - 1)
         if step == end or (step < end and step % MASK_EVERY == 0):
-            now = {n: dgc.model.cubic_density(step, 0, end, final=d) for n, d in names.items()}
+            now = {
+                name: final if step == end else dgc.model.cubic_density(step, 0, end, final=final)
+                for name, final in names.items()
+            }
             dgc.model.fold(dgc.model.prune(model, now, structure=_plain(recipe.structure)))
 
     optimizer = OPTIMIZERS[recipe.optimizer](model, recipe.lr, recipe.weight_decay)

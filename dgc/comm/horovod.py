@@ -154,7 +154,8 @@ class HorovodCommunicator:
         whole = tensor.detach().contiguous()
         sent = whole.view(-1).view(torch.uint8)
         source = self.set.ranks[root]
-        self._start("broadcast_async_", sent, lambda got: got, root_rank=source).wait()
+        for part in sent.split(1 << 30):  # Horovod counts to 2^31
+            self._start("broadcast_async_", part, lambda got: got, root_rank=source).wait()
         if whole.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(whole)
 
@@ -165,11 +166,11 @@ class HorovodCommunicator:
         """As `Communicator.split`; of all of Horovod's ranks only.
 
         Raises:
-            CommError: this is a part already, or the program called hvd.init() without
+            ConfigError: this is a part already, or the program called hvd.init() without
                 process_sets="dynamic".
         """
         if self.set.process_set_id != 0:
-            raise CommError("Horovod cannot split a part of the ranks again: split all of them")
+            raise ConfigError("Horovod cannot split a part of the ranks again: split all of them")
         colors = self.all_gather(torch.tensor([color])).wait().view(-1).tolist()
         mine: Communicator = SelfCommunicator()
         for each in sorted(set(colors)):  # every rank must take part in making every set
@@ -191,7 +192,7 @@ class HorovodCommunicator:
             try:
                 self._added[ranks] = self.hvd.add_process_set(list(ranks))
             except (RuntimeError, ValueError) as error:
-                raise CommError(
+                raise ConfigError(
                     f"Horovod could not add the process set {list(ranks)}: {error}\nLet dgc.init "
                     'initialise Horovod, or call hvd.init(process_sets="dynamic"), and leave this '
                     "set to dgc"

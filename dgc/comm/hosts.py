@@ -1,6 +1,8 @@
 """Which ranks share a host."""
 
 import hashlib
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,12 +24,12 @@ class Hosts(NamedTuple):
 
     @classmethod
     def of(cls, comm: Communicator) -> "Hosts":
-        """Find them by the name of each rank's host; every rank calls it.
+        """Find them by the name of each rank's host, and when it was booted; every rank calls it.
 
         Raises:
             ConfigError: hosts have different numbers of ranks.
         """
-        digest = hashlib.sha256(comm.host.encode()).digest()[:7]
+        digest = hashlib.sha256(f"{comm.host} {_boot()}".encode()).digest()[:7]
         own = torch.tensor([int.from_bytes(digest, "little")], device=comm.device)
         names = comm.all_gather(own).wait().view(-1).tolist()
         sizes = {name: names.count(name) for name in names}
@@ -39,3 +41,10 @@ class Hosts(NamedTuple):
         name, place = names[comm.rank], names[: comm.rank].count(names[comm.rank])
         inside = comm.split(names.index(name))
         return cls(inside, comm.split(place))
+
+
+def _boot() -> str:
+    """Machines of one name, as copies of one image are, have been booted apart; "" if not known."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    return ""

@@ -21,9 +21,9 @@ def import_mpi() -> Any:
     """mpi4py's MPI module; importing it initialises MPI."""
     try:
         from mpi4py import MPI
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # the latter without a library of MPI
         raise MissingPackageError(
-            f"mpi4py cannot be imported ({error}): pip install 'dgc[mpi]'"
+            f"mpi4py cannot be imported ({error}): pip install 'dgc[mpi]', which brings Open MPI too"
         ) from error
     return MPI
 
@@ -79,7 +79,8 @@ class MpiCommunicator:
             raise ConfigError(
                 "comm is COMM_NULL: this rank has no part in it, let it go its own way"
             )
-        self.comm = (self.mpi.COMM_WORLD if comm is None else comm).Dup()
+        self.comm, made = (self.mpi.COMM_WORLD if comm is None else comm).Idup()
+        poll(made.Test, timeout_seconds)
         self.timeout_seconds = timeout_seconds
         self.device, self.host = torch.device("cpu"), self.mpi.Get_processor_name()
         self.cuda_aware = is_cuda_aware(self.mpi.__file__)
@@ -138,7 +139,8 @@ class MpiCommunicator:
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
         staged = self._staged(_bytes(tensor.detach().contiguous()), copy=True)
-        self._pending(self.comm.Ibcast(staged, root), (), staged, staged).wait()
+        for part in staged.split(1 << 30):  # MPI counts to 2^31
+            self._pending(self.comm.Ibcast(part, root), (), part, part).wait()
         tensor.copy_(staged.view(tensor.dtype).view(tensor.shape), non_blocking=True)
 
     def barrier(self) -> None:
@@ -146,6 +148,7 @@ class MpiCommunicator:
         self._pending(self.comm.Ibarrier(), (), nothing, nothing).wait()
 
     def split(self, color: int) -> Communicator:
+        self.barrier()  # Split has no time limit
         part = self.comm.Split(color, self.rank)
         try:
             return MpiCommunicator(part, timeout_seconds=self.timeout_seconds)

@@ -275,8 +275,9 @@ def _open_torch(backend: str, place: Place, timeout_seconds: float) -> TorchComm
         )
     except (RuntimeError, ValueError) as error:
         raise CommError(
-            f"rank {place.rank} of {place.world_size} did not reach the others at "
-            f"{address}:{port}: {error}\nSet MASTER_ADDR and MASTER_PORT to a free port of rank 0"
+            f"rank {place.rank} of {place.world_size} did not reach the others over {backend} at "
+            f"{address}:{port}: {error}\nSet MASTER_ADDR and MASTER_PORT to a free port of rank 0; if "
+            "some ranks have no GPU, give all the same backend by name"
         ) from error
     return TorchCommunicator(owner=True)
 
@@ -289,7 +290,8 @@ def _rendezvous(place: Place) -> tuple[str, int]:
             f"{place.launcher} started {place.world_size} ranks, {place.local_size} on this host: "
             "set MASTER_ADDR to the address of rank 0's host, or use backend='mpi'"
         )
-    job = next((env[n] for n in ("PMIX_NAMESPACE", "SLURM_JOB_ID") if n in env), "")
+    names = ("PMIX_NAMESPACE", "SLURM_JOB_ID")
+    job = next((env[n] + env.get("SLURM_STEP_ID", "") for n in names if n in env), "")
     # Different jobs on one host get different ports, all ranks of a job the same.
     default = 20000 + int.from_bytes(hashlib.sha256(job.encode()).digest()[:4], "little") % 10000
     return env.get("MASTER_ADDR", "127.0.0.1"), _integer(env, "MASTER_PORT", default)

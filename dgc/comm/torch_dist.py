@@ -147,19 +147,23 @@ class TorchCommunicator:
         known = len(dist.distributed_c10d._world.pg_names)
         mine = torch.tensor([color, known], device=self.device)
         rows = self.all_gather(mine).wait().tolist()
-        same = [
-            (self._global_rank(rank), row[1]) for rank, row in enumerate(rows) if row[0] == color
-        ]
-        members = [rank for rank, _ in same]
+        parts: dict[int, list[int]] = {}
+        counts: dict[int, set[int]] = {}
+        for rank, (theirs, count) in enumerate(rows):
+            parts.setdefault(theirs, []).append(self._global_rank(rank))
+            counts.setdefault(theirs, set()).add(count)
+        # Ranks outside a part do not take part in making it; torch then names the group by `known`.
+        # All ranks look at all parts, so that all of them raise.
+        for each, members in parts.items():
+            if 1 < len(members) < dist.get_world_size() and len(counts[each]) > 1:
+                raise ConfigError(
+                    f"ranks {members} belong to different numbers of process groups, so that torch "
+                    "cannot make one of them alone: make the groups that only some are in after dgc's"
+                )
+        members = parts[color]
         if len(members) == 1:
             return SelfCommunicator()
-        # Ranks outside this communicator do not take part; torch then names the group by `known`.
         apart = len(members) < dist.get_world_size()
-        if apart and len({count for _, count in same}) > 1:
-            raise ConfigError(
-                f"ranks {members} belong to different numbers of process groups, so that torch cannot "
-                "make one of them alone: make the groups that only some are in after dgc's"
-            )
         backend = None if self.group is None else dist.get_backend(self.group)
         group = _checked(
             lambda: dist.new_group(

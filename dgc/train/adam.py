@@ -2,8 +2,10 @@
 second moment, and what arrives is a step, not a gradient.
 
     s ← β2·s + (1 − β2)·g²                     on each rank
-    v ← v + lr·g / (√ŝ + ε)                    ŝ is s without its bias towards zero
-    p ← (1 − lr·λ)·p − √N·mean of what arrives   λ AdamW's weight decay
+    v ← v + g / (√ŝ + ε)                          ŝ is s without its bias towards zero
+    p ← (1 − lr·λ)·p − lr·√N·mean of what arrives   λ AdamW's weight decay
+
+With `fold_lr` the rate is in the second line in place of the third.
 
 An element is sent once in many steps. The moments of what arrives would be moments of these arrivals,
 which top-k makes all about equally large: dividing by their root forgets what was accumulated.
@@ -61,11 +63,14 @@ class AdamSteps(Momentum):
     def enter_(
         self, owned: Sequence[Owned], grads: Sequence[Tensor], rows: Sequence[Row]
     ) -> tuple[list[Tensor], list[Row]]:
-        """`grads` over the roots of their second moments, contiguous float32; overwrites those that are.
+        """`grads` over the roots of their second moments, contiguous float32.
 
-        If one is not finite, or has a square that is not, all become NaN and none enters s.
+        They are copied, as a backward pass that goes on may read them yet (x + p gives p the gradient
+        that x has). If one is not finite, or has a square that is not, all become NaN and none enters s.
         """
-        entering, table = kernels.dense(grads), []
+        pairs = zip(kernels.dense(grads), grads, strict=True)
+        entering = [g.clone() if g.data_ptr() == grad.data_ptr() else g for g, grad in pairs]
+        table = []
         for each, g, row in zip(owned, entering, rows, strict=True):
             group, gain = each.group, -row.gain if each.group["maximize"] else row.gain
             if group["weight_decay"] and not _is_decoupled(group):
@@ -108,7 +113,8 @@ class AdamSteps(Momentum):
 
     def after(self, params: Mapping[str, Parameter]) -> None:
         for name, grad in self._hidden.items():
-            params[name].grad = grad
+            if name in params:
+                params[name].grad = grad
         self._hidden.clear()
 
 

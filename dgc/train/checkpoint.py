@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -125,13 +126,16 @@ def save(stateful: Stateful, path: str | PathLike[str]) -> None:
 
     Args:
         stateful: `DistributedOptimizer`, or what `register` returned.
-        path: a folder that all ranks can write to.
+        path: a folder that all ranks can write to, for this alone. A new one for each save: what is
+            written over is lost if the job ends meanwhile.
 
     Raises:
-        ConfigError: torch.distributed is not initialised and there are several ranks.
+        ConfigError: torch.distributed is not initialised and there are several ranks, or another
+            checkpoint is in `path`.
     """
     comm = stateful.comm
     _check_distributed(comm)
+    _refuse_another(path)
     own = {f"{_prefix(comm.rank)}{k}": t for k, t in to_tensors(stateful.state_dict()).items()}
     with _alone_is_meant(comm):
         state_dict_saver.save(own, checkpoint_id=path, no_dist=comm.world_size == 1)
@@ -144,7 +148,7 @@ def load(stateful: Stateful, path: str | PathLike[str]) -> None:
     kept, see `resize`.
 
     Raises:
-        StateError: it holds no state of dgc, or one of another model or version.
+        StateError: it holds no state of dgc, one of another model or version, or of several steps.
     """
     comm = stateful.comm
     _check_distributed(comm)
@@ -153,16 +157,23 @@ def load(stateful: Stateful, path: str | PathLike[str]) -> None:
     old_size = sum(f"{_prefix(rank)}{_META}" in metadata for rank in range(len(metadata)))
     if not old_size:
         raise StateError(f"{path} holds no state of dgc: its keys are {sorted(metadata)[:8]}")
+    heads = {f"{_prefix(rank)}{_META}" for rank in range(old_size)}
     wanted = {0, *rows_for(comm.rank, old_size, comm.world_size)}
     tensors = {
         key: torch.empty(item.size, dtype=item.properties.dtype)
         for key, item in metadata.items()
-        for rank in wanted
-        if key.startswith(_prefix(rank)) and isinstance(item, TensorStorageMetadata)
+        if key in heads or any(key.startswith(_prefix(rank)) for rank in wanted)
+        if isinstance(item, TensorStorageMetadata)
     }
     with _alone_is_meant(comm):
         state_dict_loader.load(tensors, storage_reader=reader, no_dist=comm.world_size == 1)
     states = [_part(tensors, _prefix(rank)) for rank in sorted(wanted)]
+    steps = sorted({_step_of(tensors[head]) for head in heads})
+    if len(steps) > 1:
+        raise StateError(
+            f"{path} has ranks at steps {steps}: a save was interrupted. Take an earlier one, and a new "
+            "folder for each save"
+        )
     if old_size == comm.world_size:
         stateful.load_state_dict(next(s for s in states if s["rank"] == comm.rank))
     else:
@@ -186,6 +197,16 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     return from_tensors(
         {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
     )
+
+
+def _refuse_another(path: str | PathLike[str]) -> None:
+    """Torch writes over a checkpoint that lies there, whatever it is of."""
+    if Path(path, ".metadata").exists():
+        keys = FileSystemReader(path).read_metadata().state_dict_metadata
+        if others := sorted(key for key in keys if not key.startswith("dgc/rank")):
+            raise ConfigError(
+                f"{path} holds another checkpoint, of {', '.join(others[:3])}: give a folder of its own"
+            )
 
 
 def _check_distributed(comm: Communicator) -> None:
@@ -212,6 +233,14 @@ def to_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_skeleton(state, "state", tensors))
     return {**tensors, _META: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
+
+
+def _step_of(meta: Tensor) -> int:
+    """The step of a state, by its `meta` alone."""
+    try:
+        return int(dict(json.loads(bytes(meta.tolist()))[1])["step"][1])
+    except (KeyError, ValueError, TypeError) as error:
+        raise StateError(f"this is not a state of dgc: {type(error).__name__} {error}") from error
 
 
 def _skeleton(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -85,9 +85,6 @@ class Costs(NamedTuple):
             if count > 1 and hosts.inside.world_size > 1:
                 inside = Links.measure(hosts.inside, device)
                 between = Links.measure(hosts.between, device)
-        own = [*links.gather, *links.reduce]
-        for pair in (inside, between):
-            own += [*pair.gather, *pair.reduce] if pair else []
         coding = coding_of(comm, sizes, config, device)
         return cls._agreed(cls(comm.world_size, count, links, inside, between, coding), comm)
 

@@ -124,7 +124,7 @@ class InnerStep:
     def enter_(
         self, names: Sequence[str], grads: Sequence[Tensor], rows: Sequence[Row]
     ) -> tuple[list[Tensor], list[Row]]:
-        """What enters the memory for the gradients of a bucket, which may be overwritten, and how."""
+        """What enters the memory for the gradients of a bucket, and how."""
         if not self._adds_steps or not names or is_excluded(names[0], self.config):
             return list(grads), list(rows)
         owned = [Owned(name, self.params[name], self._group_of(name)) for name in names]
@@ -160,7 +160,10 @@ class InnerStep:
         Raises:
             GradientError: a gradient of a parameter that is not exchanged.
         """
-        self.after()  # a step that raised did not get there
+        self.local.after(
+            {}
+        )  # a step that raised did not get there; what it applied is not given back
+        self._restore_options()
         self.regroup()
         self._refuse_local_gradients()
         self._masked = masked
@@ -194,11 +197,15 @@ class InnerStep:
             )
 
     def after(self) -> None:
+        """The step is over: give options and gradients back."""
+        self._restore_options()
+        self.local.after(self.params)
+
+    def _restore_options(self) -> None:
         """Give the param groups their own options back, but for those that were set since."""
         for group, own, put in self._replaced:
             group.update({key: own[key] for key in put if group.get(key) == put[key]})
         self._replaced.clear()
-        self.local.after(self.params)
 
     def _owned(self, name: str) -> Owned:
         group = self._group_of(name)
@@ -233,7 +240,8 @@ class InnerStep:
         self.local.buffers = {n: b.clone().to(self.params[n]) for n, b in buffers.items()}
         self._with_momentum = set(state["with_momentum"])
         seconds = {
-            n: s.clone().to(self.params[n].device) for n, s in state["second_moments"].items()
+            n: s.to(self.params[n].device, torch.float32, copy=True)
+            for n, s in state["second_moments"].items()
         }
         self.adam.seconds = seconds
         self.adam.updates = {

@@ -62,7 +62,7 @@ class Momentum(Protocol):
         ...
 
     def after(self, params: Mapping[str, Parameter]) -> None:
-        """The optimizer's step is over."""
+        """The optimizer's step is over for `params`; others of that step are forgotten."""
         return
 
     def without(self, group: dict[str, Any]) -> dict[str, Any]:

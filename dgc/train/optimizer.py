@@ -125,11 +125,12 @@ class DistributedOptimizer(Optimizer):
             )
         trained = set(self.params.values())
         every = self.params | {name: param for name, param in named if param not in trained}
-        check_agreement(every, config.describe(), self.comm)
+        buffers = dict(named_buffers)
+        check_agreement(every | buffers, config.describe(), self.comm)
         self.inner = InnerStep(optimizer, self.params, config, self.comm.world_size, scaler)
         self.reducer = self.inner.reducer(self.params, self.comm)
         self._syncing, self._synchronized, self._apply = True, False, True
-        for tensor in [*every.values(), *(buffer for _, buffer in named_buffers)]:
+        for tensor in [*every.values(), *buffers.values()]:
             if tensor.layout == torch.strided:
                 self.comm.broadcast_(tensor.detach())
         self._take_over()

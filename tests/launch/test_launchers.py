@@ -19,7 +19,7 @@ LAUNCH, SCRIPT = ROOT / "launch", ROOT / "tests/ranks/launched.py"
 # What Slurm would do: start $TASKS tasks on each node, and tell them where they stand.
 STUBS = {
     "srun": """#!/bin/sh
-case $1 in --cpus-per-task=*) shift ;; esac
+while :; do case $1 in --*) shift ;; *) break ;; esac; done
 node=0 rank=0 pids= code=0
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 for host in $nodes; do

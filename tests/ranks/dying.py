@@ -1,4 +1,7 @@
-"""Rank 1 dies, raises, exits, hangs, or is killed while it exchanges; the others must stop soon."""
+"""Rank 1 dies, raises, exits, hangs (early: before it wraps), or is killed while it exchanges.
+
+The others must stop soon.
+"""
 
 import os
 import signal
@@ -16,8 +19,24 @@ HANG_SECONDS = 15.0  # of rank 1; well over the limit of the others
 
 backend, how = sys.argv[1:]
 rt = dgc.init(backend, timeout_seconds=3)
+
+if how == "hangs early" and rt.rank == 1:
+    time.sleep(HANG_SECONDS)
+    os._exit(17)
+started = time.monotonic()
+
+
+def stop(error: CommError) -> None:
+    soon = time.monotonic() - started < HANG_SECONDS
+    print(f"rank {rt.rank} stopped {'in time' if soon else 'too late'}: {error}", flush=True)
+    os._exit(3)
+
+
 model = Toy()
-optimizer = wrap(model, dgc.DGC(), None)
+try:
+    optimizer = wrap(model, dgc.DGC(), None)
+except CommError as error:
+    stop(error)
 train(model, optimizer, range(3))
 if rt.rank == 1:
     if how == "dies":
@@ -42,6 +61,4 @@ started = time.monotonic()
 try:
     train(model, optimizer, range(3, 100))
 except CommError as error:
-    soon = time.monotonic() - started < HANG_SECONDS
-    print(f"rank {rt.rank} stopped {'in time' if soon else 'too late'}: {error}", flush=True)
-    os._exit(3)
+    stop(error)

@@ -138,21 +138,22 @@ def dense_equals_ddp() -> None:
             optimizer.zero_grad()
             model(data(step)).square().mean().backward()
             optimizer.step()
-    for p, q in zip(one.parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close([*one.parameters()], [*two.parameters()], rtol=1e-6, atol=1e-7)
 
 
 def keeps_mass_of_unused_parameters() -> None:
-    ddp = ddp_of(Net(), find_unused_parameters=True)
-    sgd = torch.optim.SGD(ddp.parameters(), **SGD)
-    state = dgc.register(ddp, sgd, CONFIG)
-    for step in range(3):
-        before = state.state_dict()["memory"]["extra.weight"]
-        sgd.zero_grad()
-        ddp(data(step), step == 0).square().mean().backward()
-        sgd.step()
-        after = state.state_dict()["memory"]["extra.weight"]
-        assert torch.equal(before["v"], after["v"]) == (step > 0)
+    for view in (False, True):  # then `.grad` is what DDP exchanges
+        ddp = ddp_of(Net(), find_unused_parameters=True, gradient_as_bucket_view=view)
+        sgd = torch.optim.SGD(ddp.parameters(), **SGD)
+        state = dgc.register(ddp, sgd, CONFIG)
+        for step in range(3):
+            before = state.state_dict()["memory"]["extra.weight"]
+            sgd.zero_grad(set_to_none=not view)
+            ddp(data(step), step == 0).square().mean().backward()
+            assert not (step and view) or not ddp.module.extra.weight.grad.any()
+            sgd.step()
+            after = state.state_dict()["memory"]["extra.weight"]
+            assert torch.equal(before["v"], after["v"]) == (step > 0)
 
 
 def joins_uneven_inputs() -> None:

@@ -157,6 +157,34 @@ def test_a_world_of_one_saves_and_loads(tmp_path: Path) -> None:
     assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
 
 
+def test_another_checkpoint_is_not_written_over(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint import state_dict_saver
+
+    with pytest.warns(UserWarning, match="single process"):
+        state_dict_saver.save({"w": torch.ones(2)}, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(ConfigError, match="another checkpoint, of w"):
+        checkpoint.save(wrap(Toy(), CONFIG, None), tmp_path)
+    checkpoint.save(wrap(Toy(), CONFIG, None), tmp_path / "dgc")
+    with pytest.warns(UserWarning, match="existing checkpoint"):  # torch's own
+        checkpoint.save(wrap(Toy(), CONFIG, None), tmp_path / "dgc")
+
+
+def test_a_save_that_was_interrupted_is_noticed(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint import state_dict_saver
+
+    model = Toy()
+    optimizer = wrap(model, CONFIG, None)
+    keys = {}
+    for rank in range(2):  # rank 1 is a step later
+        train(model, optimizer, range(rank, rank + 1))
+        state = {**optimizer.state_dict(), "rank": rank, "world_size": 2}
+        keys |= {f"dgc/rank{rank}/{k}": t for k, t in checkpoint.to_tensors(state).items()}
+    with pytest.warns(UserWarning, match="single process"):
+        state_dict_saver.save(keys, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(StateError, match=r"ranks at steps \[1, 2\]"):
+        checkpoint.load(optimizer, tmp_path)
+
+
 def test_distributed_checkpoint_of_real_ranks(tmp_path: Path) -> None:
     saved, other = str(tmp_path / "saved"), str(tmp_path / "other")
     found = run_processes(

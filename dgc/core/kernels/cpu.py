@@ -11,7 +11,7 @@ an int16 array.
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -50,9 +50,14 @@ def _split(function: Callable[..., Any], args: Sequence[Any], work: int, least: 
     """function(*args, lo, hi) over [0, work) in even parts of `least` or more, one a thread."""
     parts = max(1, min(torch.get_num_threads(), work // least))
     cuts = [work * p // parts for p in range(parts + 1)]
-    pool = _pool(os.getpid())
-    others = [pool.submit(function, *args, a, b) for a, b in pairwise(cuts[1:])]
-    return [function(*args, cuts[0], cuts[1]), *(other.result() for other in others)]
+    pool, others = _pool(os.getpid()), []
+    try:
+        for a, b in pairwise(cuts[1:]):
+            others.append(pool.submit(function, *args, a, b))
+        first = function(*args, cuts[0], cuts[1])
+    finally:
+        wait(others)  # they have addresses of memory that is freed once this has raised
+    return [first, *(other.result() for other in others)]
 
 
 def _edges(sizes: Sequence[int] | Ints) -> Ints:
