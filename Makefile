@@ -17,8 +17,8 @@ setup: $(VENV)/.ready
 
 # Says what the environment was made with: another TORCH or PYTHON makes it anew.
 $(VENV)/.made: FORCE
-	@mkdir -p $(VENV)
-	@echo '$(PYTHON) $(TORCH)' | cmp -s - $@ || echo '$(PYTHON) $(TORCH)' > $@
+	@if [ -e $@ ] && ! echo '$(PYTHON) $(TORCH)' | cmp -s - $@; then rm -rf $(VENV); fi
+	@if [ ! -e $@ ]; then mkdir -p $(VENV); echo '$(PYTHON) $(TORCH)' > $@; fi
 FORCE:
 
 $(VENV)/.ready: pyproject.toml .ci/constraints.txt $(VENV)/.made

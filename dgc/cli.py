@@ -18,8 +18,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DGCError, OSError) as error:
         print(f"dgc {options.command}: {error}", file=sys.stderr)
         return 1
-    except SystemExit as error:  # said already
-        return int(error.code or 0)
     return 0
 
 
@@ -64,7 +62,7 @@ def _bench(options: argparse.Namespace) -> None:
             table = bench(options.model, config, runtime.comm, runtime.device, options.repeats)
         except (DGCError, OSError) as error:
             print(f"dgc bench: {error}", file=sys.stderr)
-            raise SystemExit(1) from error  # inside, so that under MPI the other ranks end too
+            raise SystemExit(1) from None  # inside, so that under MPI the other ranks end too
         if runtime.rank == 0:
             print(table)
 

@@ -117,9 +117,11 @@ class DistributedOptimizer(_DistributedOptimizer):
             self._passes.clear()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `dgc.DistributedOptimizer.load_state_dict`; passes of the step at hand are forgotten."""
+        """As `dgc.DistributedOptimizer.load_state_dict`; passes of the step at hand are dropped."""
         super().load_state_dict(state_dict)
-        self._passes.clear()
+        if self._passes:
+            self.optimizer.zero_grad()
+            self._passes.clear()
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:

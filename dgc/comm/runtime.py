@@ -133,7 +133,7 @@ class Runtime:
         if error is None:
             self.close()
         elif self.backend == "mpi" and isinstance(error, SystemExit) and error.code:
-            sys.excepthook(SystemExit, error, trace)  # which aborts; Python itself does not call it
+            _abort(import_mpi())  # for this Python does not call the hook that does so
 
     def close(self) -> None:
         """Close the communication that `init` opened; what was open before stays open."""
@@ -255,12 +255,17 @@ def _open_mpi(timeout_seconds: float) -> MpiCommunicator:
 
     def abort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         previous(kind, error, trace)
-        sys.stderr.flush()
-        if mpi.COMM_WORLD.Get_size() > 1:
-            mpi.COMM_WORLD.Abort(1)
+        _abort(mpi)
 
     sys.excepthook = abort
     return MpiCommunicator(timeout_seconds=timeout_seconds)
+
+
+def _abort(mpi: Any) -> None:
+    """End all ranks, which would wait for this one."""
+    sys.stderr.flush()
+    if mpi.COMM_WORLD.Get_size() > 1:
+        mpi.COMM_WORLD.Abort(1)
 
 
 def _open_torch(backend: str, place: Place, timeout_seconds: float) -> TorchCommunicator:
@@ -290,8 +295,8 @@ def _rendezvous(place: Place) -> tuple[str, int]:
             f"{place.launcher} started {place.world_size} ranks, {place.local_size} on this host: "
             "set MASTER_ADDR to the address of rank 0's host, or use backend='mpi'"
         )
-    names = ("PMIX_NAMESPACE", "SLURM_JOB_ID")
-    job = next((env[n] + env.get("SLURM_STEP_ID", "") for n in names if n in env), "")
+    job = next((env[n] for n in ("PMIX_NAMESPACE", "SLURM_JOB_ID") if n in env), "")
+    job += env.get("SLURM_STEP_ID", "") if place.launcher == "srun" else ""
     # Different jobs on one host get different ports, all ranks of a job the same.
     default = 20000 + int.from_bytes(hashlib.sha256(job.encode()).digest()[:4], "little") % 10000
     return env.get("MASTER_ADDR", "127.0.0.1"), _integer(env, "MASTER_PORT", default)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +75,14 @@ def save(
 def plain_state(model: nn.Module) -> State:
     """`model.state_dict()` without the buffers of masks and codes."""
     own = {id(c.buffer(module)) for module, c in constrained(model)}
-    # By identity: wrappers, as for checkpointing of activations, give a state other names.
+    hidden = {n for n, b in model.named_buffers(remove_duplicate=False) if id(b) in own}
+    # By identity too: wrappers, as for checkpointing of activations, give a state other names.
     state = model.state_dict(keep_vars=True)
-    return {name: _detached(value) for name, value in state.items() if id(value) not in own}
+    return {
+        name: _detached(value)
+        for name, value in state.items()
+        if name not in hidden and id(value) not in own
+    }
 
 
 def _detached(value: Any) -> Any:
@@ -306,9 +310,8 @@ def load(model: nn.Module, path: str | Path, *, constrain: bool = False) -> nn.M
     _match(opened, checked(plain_state(model)), path)
     state, layers = opened.decode()
     release(model)
-    # Of the versions that the modules have now, as the names and shapes are: nothing is converted.
-    current = OrderedDict(state)
-    current._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
+    current = model.state_dict()  # which says what versions its modules have: nothing is converted
+    current.update(state)
     model.load_state_dict(current, strict=True)
     if constrain:
         _constrain(model, layers)
@@ -332,11 +335,13 @@ def _match(opened: Opened, target: State, path: str | Path) -> None:
 
 def _constrain(model: nn.Module, layers: dict[str, Layer]) -> None:
     # Of a bias or buffer a file cannot say whether it was pruned or is small by chance.
-    weights = {id(m.get_parameter(own)): (m, own) for m, own in weights_of(model).values()}
+    named = weights_of(model)
+    weights = {id(m.get_parameter(own)): (m, own) for m, own in named.values()}
     for name, value in model.state_dict(keep_vars=True).items():
-        if name not in layers or id(value) not in weights:
+        found = weights.get(id(value)) or named.get(name)
+        if name not in layers or found is None:
             continue
-        layer, (module, own) = layers[name], weights[id(value)]
+        layer, (module, own) = layers[name], found
         codes = layer.codes.to(module.get_parameter(own).device)
         if layer.literal:
             Mask(own).install(module, codes != 0)

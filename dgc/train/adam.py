@@ -65,8 +65,8 @@ class AdamSteps(Momentum):
     ) -> tuple[list[Tensor], list[Row]]:
         """`grads` over the roots of their second moments, contiguous float32.
 
-        They are copied, as a backward pass that goes on may read them yet (x + p gives p the gradient
-        that x has). If one is not finite, or has a square that is not, all become NaN and none enters s.
+        They are copied, as a backward pass that goes on may read them yet (x + p[None] gives p the
+        gradient that x has). If one is not finite, or has a square that is not, all become NaN and none enters s.
         """
         pairs = zip(kernels.dense(grads), grads, strict=True)
         entering = [g.clone() if g.data_ptr() == grad.data_ptr() else g for g, grad in pairs]
@@ -113,8 +113,10 @@ class AdamSteps(Momentum):
 
     def after(self, params: Mapping[str, Parameter]) -> None:
         for name, grad in self._hidden.items():
-            if name in params:
-                params[name].grad = grad
+            params[name].grad = grad
+        self._hidden.clear()
+
+    def forget(self) -> None:
         self._hidden.clear()
 
 

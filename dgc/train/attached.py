@@ -41,7 +41,7 @@ class Attached:
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
         # A step that was interrupted has left the options of its group without momentum.
-        optimizer.register_state_dict_pre_hook(lambda _: self.inner.after())
+        optimizer.register_state_dict_pre_hook(lambda _: self.inner.restore_options())
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

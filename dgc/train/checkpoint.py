@@ -135,7 +135,7 @@ def save(stateful: Stateful, path: str | PathLike[str]) -> None:
     """
     comm = stateful.comm
     _check_distributed(comm)
-    _refuse_another(path)
+    _refuse_another(path, comm)
     own = {f"{_prefix(comm.rank)}{k}": t for k, t in to_tensors(stateful.state_dict()).items()}
     with _alone_is_meant(comm):
         state_dict_saver.save(own, checkpoint_id=path, no_dist=comm.world_size == 1)
@@ -157,18 +157,18 @@ def load(stateful: Stateful, path: str | PathLike[str]) -> None:
     old_size = sum(f"{_prefix(rank)}{_META}" in metadata for rank in range(len(metadata)))
     if not old_size:
         raise StateError(f"{path} holds no state of dgc: its keys are {sorted(metadata)[:8]}")
-    heads = {f"{_prefix(rank)}{_META}" for rank in range(old_size)}
     wanted = {0, *rows_for(comm.rank, old_size, comm.world_size)}
     tensors = {
         key: torch.empty(item.size, dtype=item.properties.dtype)
         for key, item in metadata.items()
-        if key in heads or any(key.startswith(_prefix(rank)) for rank in wanted)
-        if isinstance(item, TensorStorageMetadata)
+        for rank in wanted
+        if key.startswith(_prefix(rank)) and isinstance(item, TensorStorageMetadata)
     }
     with _alone_is_meant(comm):
         state_dict_loader.load(tensors, storage_reader=reader, no_dist=comm.world_size == 1)
     states = [_part(tensors, _prefix(rank)) for rank in sorted(wanted)]
-    steps = sorted({_step_of(tensors[head]) for head in heads})
+    own = torch.tensor([int(state["step"]) for state in states])
+    steps = _everywhere(torch.stack(own.aminmax()), comm).unique().tolist()
     if len(steps) > 1:
         raise StateError(
             f"{path} has ranks at steps {steps}: a save was interrupted. Take an earlier one, and a new "
@@ -199,14 +199,18 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     )
 
 
-def _refuse_another(path: str | PathLike[str]) -> None:
+def _refuse_another(path: str | PathLike[str], comm: Communicator) -> None:
     """Torch writes over a checkpoint that lies there, whatever it is of."""
+    found = False
     if Path(path, ".metadata").exists():
         keys = FileSystemReader(path).read_metadata().state_dict_metadata
-        if others := sorted(key for key in keys if not key.startswith("dgc/rank")):
-            raise ConfigError(
-                f"{path} holds another checkpoint, of {', '.join(others[:3])}: give a folder of its own"
-            )
+        found = not all(key.startswith("dgc/rank") for key in keys)
+    if _everywhere(torch.tensor([int(found)]), comm).any():  # shared folders may be seen late
+        raise ConfigError(f"{path} holds another checkpoint: give a folder of its own")
+
+
+def _everywhere(values: Tensor, comm: Communicator) -> Tensor:
+    return comm.all_gather(values.to(comm.device)).wait().cpu()
 
 
 def _check_distributed(comm: Communicator) -> None:
@@ -233,14 +237,6 @@ def to_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_skeleton(state, "state", tensors))
     return {**tensors, _META: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
-
-
-def _step_of(meta: Tensor) -> int:
-    """The step of a state, by its `meta` alone."""
-    try:
-        return int(dict(json.loads(bytes(meta.tolist()))[1])["step"][1])
-    except (KeyError, ValueError, TypeError) as error:
-        raise StateError(f"this is not a state of dgc: {type(error).__name__} {error}") from error
 
 
 def _skeleton(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -1,5 +1,6 @@
-"""Notices gradients that are added to the mean of the step before."""
+"""Notices gradients that are added to the mean of the step before, or share memory."""
 
+from bisect import bisect_right, insort
 from collections.abc import Callable, Mapping
 
 import torch
@@ -9,12 +10,44 @@ from torch.nn import Parameter
 from dgc.errors import GradientError
 
 
+class Places:
+    """Where gradients lie that have come in a step."""
+
+    def __init__(self) -> None:
+        self._begins: list[int] = []
+        self._ends: dict[int, tuple[int, str]] = {}
+
+    def clear(self) -> None:
+        self._begins.clear()
+        self._ends.clear()
+
+    def taken(self, name: str, grad: Tensor) -> bool:
+        """Whether the gradient of another name lies there too, or partly; if not, it is noted."""
+        begin = grad.data_ptr()
+        end = begin + grad.nbytes
+        if not grad.is_contiguous():
+            strides = zip(grad.shape, grad.stride(), strict=True)
+            end = begin + grad.itemsize * (1 + sum((size - 1) * each for size, each in strides))
+        at = bisect_right(self._begins, begin)
+        for other in self._begins[max(0, at - 1) : at + 1]:
+            other_end, owner = self._ends[other]
+            if owner != name and other < end and begin < other_end:
+                return True
+        if begin not in self._ends:
+            insort(self._begins, begin)
+        self._ends[begin] = end, name
+        return False
+
+
 class Guard:
     """Watches each parameter's gradient just before it is added to `.grad`.
 
     After `delivered()`, `.grad` holds a mean over ranks. A backward pass that adds to it, because
     nobody called `zero_grad`, would have that mean enter the memory a second time. One inside `no_sync`
     whose sum is then dropped by `zero_grad`, as of a GAN's generator in its discriminator, does no harm.
+
+    Autograd may give two parameters one memory as `.grad`: a and b of `a.view(4, 4) + b.view(4, 4)`.
+    Means are written there, and decay, so the second gets a copy.
 
     Attributes:
         used: the names that got a gradient since the last `delivered`.
@@ -26,16 +59,20 @@ class Guard:
         self.used: set[str] = set()
         self._delivered: set[str] = set()
         self._stale: dict[str, Tensor] = {}  # bool, whether .grad still holds the mean
+        self._places = Places()
         self.handles = [p.register_hook(self._hook(name, p)) for name, p in self.params.items()]
 
-    def _hook(self, name: str, param: Parameter) -> Callable[[Tensor], None]:
-        def before(_: Tensor) -> None:
+    def _hook(self, name: str, param: Parameter) -> Callable[[Tensor], Tensor | None]:
+        def before(grad: Tensor) -> Tensor | None:
             self.used.add(name)
             if name in self._delivered or name in self._stale:
                 self._delivered.discard(name)
                 was = self._stale.pop(name, True)
                 if param.grad is not None:
                     self._stale[name] = param.grad.any() & was
+            if param.grad is not None or grad.layout != torch.strided or not grad.numel():
+                return None
+            return grad.clone() if self._places.taken(name, grad) else None
 
         return before
 
@@ -44,6 +81,7 @@ class Guard:
         self._delivered = set(self.params)
         self.used.clear()
         self._stale.clear()
+        self._places.clear()
 
     def check(self) -> None:
         """Call before the exchange of a step ends.

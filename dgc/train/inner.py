@@ -163,7 +163,7 @@ class InnerStep:
         self.local.after(
             {}
         )  # a step that raised did not get there; what it applied is not given back
-        self._restore_options()
+        self.restore_options()
         self.regroup()
         self._refuse_local_gradients()
         self._masked = masked
@@ -198,10 +198,10 @@ class InnerStep:
 
     def after(self) -> None:
         """The step is over: give options and gradients back."""
-        self._restore_options()
+        self.restore_options()
         self.local.after(self.params)
 
-    def _restore_options(self) -> None:
+    def restore_options(self) -> None:
         """Give the param groups their own options back, but for those that were set since."""
         for group, own, put in self._replaced:
             group.update({key: own[key] for key in put if group.get(key) == put[key]})

@@ -62,7 +62,11 @@ class Momentum(Protocol):
         ...
 
     def after(self, params: Mapping[str, Parameter]) -> None:
-        """The optimizer's step is over for `params`; others of that step are forgotten."""
+        """The optimizer's step is over."""
+        return
+
+    def forget(self) -> None:
+        """The step was interrupted: it gives nothing back."""
         return
 
     def without(self, group: dict[str, Any]) -> dict[str, Any]:

@@ -30,8 +30,8 @@ _twins = Twins()
 
 _ANEW = (
     "an earlier DistributedOptimizer has made steps with these parameters: what it has not sent yet is "
-    "dropped, unless its state is loaded into this one, and the warm-up begins again. To train layers "
-    "later without that, wrap while all require gradients, and then freeze these"
+    "dropped, and the warm-up begins again, unless its state is loaded into one of the same layers. To "
+    "train layers later without that, wrap while all require gradients, and then freeze these"
 )
 
 
@@ -125,12 +125,13 @@ class DistributedOptimizer(Optimizer):
             )
         trained = set(self.params.values())
         every = self.params | {name: param for name, param in named if param not in trained}
-        buffers = dict(named_buffers)
-        check_agreement(every | buffers, config.describe(), self.comm)
+        buffers = [buffer for _, buffer in named_buffers]
+        numbered = {f"buffer {i}": buffer for i, buffer in enumerate(buffers)}
+        check_agreement(every | numbered, config.describe(), self.comm)
         self.inner = InnerStep(optimizer, self.params, config, self.comm.world_size, scaler)
         self.reducer = self.inner.reducer(self.params, self.comm)
         self._syncing, self._synchronized, self._apply = True, False, True
-        for tensor in [*every.values(), *buffers.values()]:
+        for tensor in [*every.values(), *buffers]:
             if tensor.layout == torch.strided:
                 self.comm.broadcast_(tensor.detach())
         self._take_over()

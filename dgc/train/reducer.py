@@ -78,7 +78,6 @@ class Reducer:
         self._missing = [len(names) for names in self.names]
         self._started: list[tuple[Handle, list[Row], int, float]] = []
         self._sent: dict[str, tuple[Tensor, int]] = {}  # `.grad` and its version when it was sent
-        self._lies: dict[int, str] = {}  # by address, the first whose gradient lies there
         self._clip_scale: float | None = None
 
     def _make_patterns(self) -> Patterns | None:
@@ -226,8 +225,6 @@ class Reducer:
         index = len(self._started)
         bucket, names = self.buckets[index], self.names[index]
         with self._timed("compress_seconds"):
-            for name in names:
-                self._separate(name)
             used = [self._uses(name) for name in names]
             scale = self._scale()
             grads = [self._grad(name) for name in names] if math.isfinite(scale) else None
@@ -247,14 +244,6 @@ class Reducer:
         self._sent |= {
             name: (grad, grad._version) for name in names if (grad := self._own(name)) is not None
         }
-
-    def _separate(self, name: str) -> None:
-        """Autograd gives a and b of a + b the same memory; means are written there."""
-        grad = None if name in self._given else self.params[name].grad
-        if grad is None or grad.layout != torch.strided or not grad.numel():
-            return
-        if self._lies.setdefault(grad.data_ptr(), name) != name:
-            self.params[name].grad = grad.clone()
 
     def _let_enter(
         self, names: Sequence[str], used: Sequence[bool], grads: list[Tensor], rows: list[Row]

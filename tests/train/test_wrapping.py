@@ -5,7 +5,6 @@ import gc
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -194,34 +193,6 @@ def test_gradients_that_are_views_of_one_tensor(config: dgc.DGC | dgc.Dense) -> 
     assert parts[0].grad.untyped_storage().data_ptr() == parts[1].grad.untyped_storage().data_ptr()
     optimizer.step()
     assert optimizer.stats()["steps"] == 1
-
-
-class Added(nn.Module):
-    """Parameters whose gradients are one memory, or with `apart` are not."""
-
-    def __init__(self, apart: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.below, self.a, self.b = (nn.Parameter(torch.randn(16)) for _ in range(3))
-        self.one = torch.tensor(1.0) if apart else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = (p if self.one is None else p * self.one for p in (self.a, self.b))
-        return (x @ (self.below.square().view(4, 4) + (a.view(4, 4) + b.view(4, 4)))).tanh()
-
-
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("bucket_bytes", [1, 1 << 20])
-def test_gradients_that_are_one_memory(kind: Any, bucket_bytes: int) -> None:
-    models = Added(apart=False), Added(apart=True)
-    for model in models:
-        inner = kind(model.parameters(), lr=0.1, weight_decay=0.1)
-        config = dgc.DGC(density=0.5, min_selected=1, bucket_bytes=bucket_bytes)
-        optimizer = dgc.DistributedOptimizer(inner, model.named_parameters(), config)
-        for _ in range(3):
-            step(model, optimizer)
-    for found, wanted in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(found, wanted)
 
 
 def test_frozen_parameters_with_old_gradients_of_zero() -> None:

@@ -11,7 +11,7 @@ an int16 array.
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -56,8 +56,20 @@ def _split(function: Callable[..., Any], args: Sequence[Any], work: int, least: 
             others.append(pool.submit(function, *args, a, b))
         first = function(*args, cuts[0], cuts[1])
     finally:
-        wait(others)  # they have addresses of memory that is freed once this has raised
+        _wait(others)  # they have addresses of memory that is freed once this has raised
     return [first, *(other.result() for other in others)]
+
+
+def _wait(others: Sequence[Future[Any]]) -> None:
+    """Until all have ended; what interrupts it is raised then."""
+    interrupt: KeyboardInterrupt | None = None
+    while not all(each.done() for each in others):
+        try:
+            wait(others)
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def _edges(sizes: Sequence[int] | Ints) -> Ints:
