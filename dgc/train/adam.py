@@ -65,11 +65,14 @@ class AdamSteps(Momentum):
     ) -> tuple[list[Tensor], list[Row]]:
         """`grads` over the roots of their second moments, contiguous float32.
 
-        They are copied, as a backward pass that goes on may read them yet (x + p[None] gives p the
-        gradient that x has). If one is not finite, or has a square that is not, all become NaN and none enters s.
+        Those that are so already are overwritten, but where their memory has other owners: of
+        x + p[None] p has the gradient that x has, and the backward pass goes on with it. If one is
+        not finite, or has a square that is not, all become NaN and none enters s.
         """
-        pairs = zip(kernels.dense(grads), grads, strict=True)
-        entering = [g.clone() if g.data_ptr() == grad.data_ptr() else g for g, grad in pairs]
+        pairs = zip(owned, grads, strict=True)
+        entering = kernels.dense(
+            [g.clone() if _has_others(each.param, g) else g for each, g in pairs]
+        )
         table = []
         for each, g, row in zip(owned, entering, rows, strict=True):
             group, gain = each.group, -row.gain if each.group["maximize"] else row.gain
@@ -127,6 +130,18 @@ def check_adam(group: Mapping[str, Any]) -> None:
             "amsgrad is not supported with momentum correction, which keeps Adam's second moment on "
             "each rank: use amsgrad=False, or dgc.DGC(momentum_correction=False)"
         )
+
+
+def _has_others(param: Parameter, grad: Tensor) -> bool:
+    """Whether other tensors lie in the memory of `grad`, if it is the `.grad` of `param`.
+
+    What DDP and FSDP hand over is theirs alone.
+    """
+    if param.grad is not grad:
+        return False
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    alone = 2  # the tensor, and the object that the count is asked of
+    return count is None or count(grad.untyped_storage()._cdata) > alone
 
 
 def _unit(param: Tensor) -> float:

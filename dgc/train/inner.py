@@ -124,7 +124,7 @@ class InnerStep:
     def enter_(
         self, names: Sequence[str], grads: Sequence[Tensor], rows: Sequence[Row]
     ) -> tuple[list[Tensor], list[Row]]:
-        """What enters the memory for the gradients of a bucket, and how."""
+        """What enters the memory for the gradients of a bucket, which may be overwritten, and how."""
         if not self._adds_steps or not names or is_excluded(names[0], self.config):
             return list(grads), list(rows)
         owned = [Owned(name, self.params[name], self._group_of(name)) for name in names]

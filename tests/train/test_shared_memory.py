@@ -73,3 +73,32 @@ def under_ddp() -> None:
 
 def test_under_ddp() -> None:
     assert run_processes(1, {"ddp": under_ddp})["ddp"] == [None]
+
+
+class Placed(nn.Module):
+    """Positions whose gradient is, or with `apart` is not, the one that goes on to the layer below."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.below, self.apart = nn.Linear(4, 4), apart
+        self.positions = nn.ParameterList([torch.randn(8, 4)])  # the last: it is sent first
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = self.positions[0] * 1.0 if self.apart else self.positions[0]
+        return (self.below(x) + positions.unsqueeze(0)).tanh()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_backward_pass_goes_on_with_a_gradient_that_is_sent(kind: Any) -> None:
+    found = []
+    for model in (Placed(False), Placed(True)):
+        inner = kind(model.parameters(), lr=0.1, weight_decay=0.1)
+        config = dgc.DGC(density=0.5, min_selected=1, bucket_bytes=1)
+        optimizer = dgc.DistributedOptimizer(inner, model.named_parameters(), config)
+        for step in range(3):
+            optimizer.zero_grad()
+            model(torch.full((1, 8, 4), 1.0 + step)).square().sum().backward()
+            optimizer.step()
+        found.append([p.detach() for p in model.parameters()])
+    assert all(map(torch.equal, *found))
