@@ -160,9 +160,7 @@ class InnerStep:
         Raises:
             GradientError: a gradient of a parameter that is not exchanged.
         """
-        self.local.after(
-            {}
-        )  # a step that raised did not get there; what it applied is not given back
+        self.local.forget()  # a step that raised did not get to `after`, and was applied in part
         self.restore_options()
         self.regroup()
         self._refuse_local_gradients()

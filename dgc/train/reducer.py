@@ -367,7 +367,10 @@ class Reducer:
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise `StateError` if `state` has other parameters, shapes or kinds of memory."""
         if self.pending:
-            raise StateError("a state is loaded between steps: synchronize() first, or step()")
+            raise StateError(
+                "a state is loaded between steps, and gradients of one are under way: end its backward "
+                "pass and step(), or with DistributedOptimizer synchronize(), first"
+            )
         own = self.memory
         for name in sorted(own.keys() | state["memory"].keys()):
             found = _kinds(state["memory"].get(name, {}))

@@ -1,6 +1,7 @@
 """Adam and AdamW with momentum correction: their steps are accumulated and sent."""
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -287,3 +288,25 @@ def test_what_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"amsgrad is not supported.*momentum_correction=False"):
         wrap(model, dgc.DGC(), amsgrad=True)
     train(model, wrap(model, dgc.DGC(), kind=Renamed), range(2))
+
+
+def test_a_step_that_was_interrupted_is_not_applied_again() -> None:
+    found = []
+    for interrupted in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 2)
+        adam = torch.optim.AdamW(model.parameters(), lr=0.1)
+        optimizer = dgc.DistributedOptimizer(adam, model.named_parameters(), dgc.DGC(density=0.5))
+        for number in range(3):
+            optimizer.zero_grad()
+            model(torch.full((1, 4), 1.0 + number)).square().sum().backward()
+            if interrupted and number == 1:  # what arrived is applied already
+                interrupt = patch.object(
+                    optimizer.inner, "put_options", side_effect=KeyboardInterrupt
+                )
+                with interrupt, pytest.raises(KeyboardInterrupt):
+                    optimizer.step()
+            else:
+                optimizer.step()
+        found.append([p.detach() for p in model.parameters()])
+    assert all(map(torch.equal, *found))
