@@ -33,7 +33,7 @@ class DGCCallback(_Callback):  # type: ignore[misc]
     Raises:
         MissingPackageError: on import, Lightning is not installed.
         ConfigError: when training starts: a strategy without DDP, several optimizers,
-            `gradient_clip_val` but with Adam; and what `dgc.register` raises.
+            `gradient_clip_val` without Adam; and what `dgc.register` raises.
 
     Example:
         >>> DGCCallback().state is None

@@ -28,7 +28,7 @@ def register(trainer: Any, compression: Compression | None = None) -> Any:
 
     Raises:
         MissingPackageError: transformers is not installed.
-        ConfigError: when training begins: one process only, `max_grad_norm` but with Adam; and what
+        ConfigError: when training begins: one process only, `max_grad_norm` without Adam; and what
             `dgc.register` raises.
     """
     callback = _callback_class()(trainer, compression)
