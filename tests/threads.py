@@ -86,7 +86,9 @@ def run_ranks(
 
     def run(rank: int) -> T:
         try:
-            return body(ThreadCommunicator(rank, barrier, slots, per_host))
+            # A GPU's gradients are computed by one thread for all, where a rank would wait for others.
+            with torch.autograd.set_multithreading_enabled(False):
+                return body(ThreadCommunicator(rank, barrier, slots, per_host))
         except BaseException:
             barrier.abort()
             raise

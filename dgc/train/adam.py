@@ -91,7 +91,9 @@ class AdamSteps(Momentum):
         scales = (1 - kept ** (torch.stack(counts) + 1)).rsqrt().float()
         seconds = [self.seconds[each.name] for each in owned]
         finite = kernels.precondition_(entering, seconds, scales, options.float())
-        torch._foreach_add_(counts, torch.as_tensor(finite).to(counts[0]))
+        one = torch.as_tensor(finite).to(counts[0])
+        # A list, since of a tensor alone torch reads the number on the host, which waits for it.
+        torch._foreach_add_(counts, [one] * len(counts))
         return entering, [row._replace(gain=1.0) for row in rows]
 
     @torch.no_grad()

@@ -139,6 +139,7 @@ def test_what_waits_is_noticed() -> None:
             lambda: torch.tensor([1, 2], device=device),
             lambda: torch.tensor([1, 2]).to(device),
             lambda: (there > 0).nonzero(),
+            lambda: torch._foreach_add_([there, there], there[0]),
             lambda: torch.arange(3, device=device).repeat_interleave(there.long()),
         ):
             mode.found.clear()

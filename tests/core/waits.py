@@ -53,6 +53,8 @@ class Waits(TorchFunctionMode):
             made_there = name in ("zeros", "empty", "empty_like", "arange", "full")
             waits = not made_there and not kwargs.get("non_blocking")
             self.uploads += [] if made_there else [name]
+        elif name.startswith("_foreach") and isinstance(args[-1], Tensor):
+            waits = any(on_gpu)  # for the number that is in it
         else:
             waits = any(on_gpu) and (name in READS or to_host)
         if waits:

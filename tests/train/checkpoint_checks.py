@@ -58,7 +58,7 @@ def resizes(folder: str, wanted: dict[str, Any]) -> None:
     checkpoint.load(state, folder)
     for name, mean in mean_memory(state).items():
         expected = torch.tensor(wanted[name], dtype=torch.float64)
-        torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(mean.cpu(), expected, rtol=1e-5, atol=1e-8)
     train(ddp, sgd, range(5, 8))
     assert state.stats()["steps"] == 3
 
