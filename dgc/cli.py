@@ -82,6 +82,13 @@ def _add_compress(commands: Any) -> None:
     command.add_argument(
         "--penalty", type=float, default=0.0, help="relative squared error worth a coded bit [0]"
     )
+    command.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="names of tensors left as they are, as of buffers: a file does not tell them from weights",
+    )
     command.add_argument("--coder", choices=["ans", "huffman"], default="ans", help="[ans]")
     command.add_argument("--half", action="store_true", help="biases and codebooks in 16 bits")
     command.set_defaults(run=_compress)
@@ -94,7 +101,8 @@ def _compress(options: argparse.Namespace) -> None:
     from dgc.model.file import checked
 
     check_target(options.out)
-    model = module_of(checked(without_constraints(_read_safetensors(options.state))))
+    state = checked(without_constraints(_read_safetensors(options.state)))
+    model = module_of(state, options.exclude)
     if options.density != 1:
         compression.prune(model, options.density, scope=options.scope)
     compression.share(model, options.bits, penalty=options.penalty, progress=_bars())

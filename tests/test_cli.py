@@ -55,6 +55,17 @@ def test_options_change_the_file(state: Path, tmp_path: Path, options: list[str]
     assert plain.read_bytes() != other.read_bytes()
 
 
+def test_excluded_tensors_are_left_as_they_are(tmp_path: Path) -> None:
+    state = {"fc.weight": torch.randn(8, 10), "rotary.cos": torch.randn(8, 10)}
+    save_file(state, tmp_path / "state")
+    out = tmp_path / "out.dgc"
+    command = ["compress", str(tmp_path / "state"), str(out), "--density", "0.1"]
+    assert main([*command, "--exclude", "rotary.*"]) == 0
+    found = read_state(out)
+    assert torch.equal(found["rotary.cos"], state["rotary.cos"])
+    assert int(found["fc.weight"].count_nonzero()) == 8
+
+
 def test_global_scope(state: Path, tmp_path: Path) -> None:
     command = ["compress", str(state), str(tmp_path / "out.dgc"), "--density", "0.1"]
     assert main([*command, "--scope", "global"]) == 0
@@ -104,6 +115,10 @@ def test_the_state_of_a_pruned_and_shared_model(tmp_path: Path) -> None:
         (["compress", "{state}", "{out}", "--density", "0"], "give a number in (0, 1]"),
         (["compress", "{state}", "{out}", "--density", "1.5"], "give a number in (0, 1]"),
         (["compress", "{state}", "{out}", "--density", "nan"], "give a number in (0, 1]"),
+        (
+            ["compress", "{state}", "{out}", "--exclude", "x"],
+            "no tensor is named 'x': there are ['fc.bias'",
+        ),
         (["compress", "{nan}", "{out}"], "1 elements of fc.weight are not finite"),
         (["compress", "{fp8}", "{out}"], "'fc.weight' is torch.float8_e4m3fn: a file holds"),
         (["bench", "1000", "--bucket-mib", "nan"], "give a number above 0"),
