@@ -54,7 +54,6 @@ def test_importing_is_inert() -> None:
         "matplotlib",
         "tqdm",
         "constriction",
-        "kmeans1d",
         "accelerate",
         "transformers",
         "pytorch_lightning",

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from dgc.core.entropy import count_symbols
-from dgc.errors import ConfigError, MissingPackageError
+from dgc.errors import ConfigError
 
 EXACT_WORK = 1 << 22
-"""k-means is exact where values × levels is at most this, about a second; above it levels are optimal
-for `COARSE_RUNS` means of equal runs of the sorted values, then improved on `FINE_RUNS` of them."""
+"""k-means is exact where values × levels is at most this, a fraction of a second; above it levels are
+optimal for `COARSE_RUNS` runs of the sorted values, then improved on `FINE_RUNS` of them."""
 COARSE_RUNS = 1 << 12
 FINE_RUNS = 1 << 18
 CHUNK = 1 << 20
@@ -40,27 +40,38 @@ def kmeans_levels(values: Tensor, k: int) -> Tensor:
     distinct = flat.unique() if flat.numel() <= CHUNK else flat
     if distinct.numel() <= k:
         return distinct.double()
+    ordered = torch.from_numpy(np.sort(flat.numpy()))
     if flat.numel() * k <= EXACT_WORK:
-        return _solve(flat, k)
-    fine = _run_means(torch.from_numpy(np.sort(flat.numpy())), FINE_RUNS)
-    return lloyd(fine, _solve(_run_means(fine, COARSE_RUNS), k))
+        return _solve(ordered.double(), torch.ones(flat.numel(), dtype=torch.float64), k)
+    coarse, fine = _runs(ordered, COARSE_RUNS), _runs(ordered, FINE_RUNS)
+    return lloyd(fine[0], _solve(*coarse, k), fine[1])
 
 
-def _run_means(ordered: Tensor, runs: int) -> Tensor:
-    """Means of `runs` runs, or a few less, of equal length; what is left over at the end is not
-    enough for a run."""
-    length = max(1, ordered.numel() // runs)
-    return ordered[: ordered.numel() // length * length].view(-1, length).mean(1)
+def _runs(ordered: Tensor, runs: int) -> tuple[Tensor, Tensor]:
+    """Means of about `runs` runs of sorted values, and how many values each is of; float64.
+
+    An eighth of them are single values at either end: outliers count in full.
+
+    Example:
+        >>> _runs(torch.arange(14.0), 8)[1].tolist()
+        [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.0]
+    """
+    end = min(runs // 8, ordered.numel() // 2)
+    inner = ordered[end : ordered.numel() - end]
+    length = max(1, inner.numel() // (runs - 2 * end))
+    whole = inner.numel() // length * length
+    means = inner[:whole].view(-1, length).double().mean(1)
+    values = torch.cat([ordered[:end], means, inner[whole:], ordered[ordered.numel() - end :]])
+    counts = torch.ones_like(values)
+    counts[end : end + means.numel()] = length
+    return values, counts
 
 
-def _solve(values: Tensor, k: int) -> Tensor:
-    try:
-        import kmeans1d
-    except ImportError as error:
-        raise MissingPackageError("k-means needs kmeans1d: pip install kmeans1d") from error
-    levels = kmeans1d.cluster(values.tolist(), k).centroids
-    solved: Tensor = torch.tensor(levels, dtype=torch.float64).unique()
-    return solved
+def _solve(ordered: Tensor, counts: Tensor, k: int) -> Tensor:
+    from dgc.core.kmeans import optimal_means  # numba takes a while to load
+
+    levels: Tensor = torch.from_numpy(optimal_means(ordered.numpy(), counts.numpy(), k)).unique()
+    return levels
 
 
 def linear_levels(values: Tensor, k: int) -> Tensor:
@@ -97,22 +108,33 @@ def random_levels(values: Tensor, k: int, generator: torch.Generator | None = No
     return flat[torch.randperm(flat.numel(), generator=generator)[:k]].sort().values
 
 
-def lloyd(values: Tensor, levels: Tensor, iterations: int = 100) -> Tensor:
+def lloyd(
+    values: Tensor, levels: Tensor, counts: Tensor | None = None, iterations: int = 100
+) -> Tensor:
     """Move each level to the mean of the values nearest to it, until nothing changes.
+
+    Args:
+        values: floating point, any shape; with `counts` ascending float64 `[n]`.
+        levels: ascending.
+        counts: float64 `[n]`, how many each value stands for; 1 by default.
 
     Example:
         >>> lloyd(torch.tensor([0.0, 1.0, 9.0]), torch.tensor([0.0, 5.0])).tolist()
         [0.5, 9.0]
     """
-    ordered = values.detach().reshape(-1).double().cpu().sort().values
-    sums = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
+    ordered = values.detach().reshape(-1).double().cpu()
+    if counts is None:
+        ordered = ordered.sort().values
+        counts = torch.ones_like(ordered)
+    sums = torch.cat([ordered.new_zeros(1), (ordered * counts).cumsum(0)])
+    numbers = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     levels = levels.double()
     for _ in range(iterations):
         # A level's members are a run of the sorted values, so their sum is one difference.
         cuts = torch.searchsorted(ordered, (levels[1:] + levels[:-1]) / 2)
         edges = torch.cat([cuts.new_zeros(1), cuts, cuts.new_tensor([ordered.numel()])])
-        counts = edges.diff()
-        moved = torch.where(counts > 0, sums[edges].diff() / counts.clamp(min=1), levels)
+        members = numbers[edges].diff()
+        moved = torch.where(members > 0, sums[edges].diff() / members.clamp(min=1), levels)
         if torch.equal(moved, levels):
             break
         levels = moved

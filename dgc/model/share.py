@@ -92,8 +92,8 @@ def share(
     Args:
         model: changed in place; masks of `prune` become code 0.
         bits: 1 to 8, for all weights or by layer or parameter name.
-        init: `"kmeans"` (optimal where weights × levels are 2^22 at most; beyond, of means of runs of
-            neighbours, so that single outliers count for little), `"linear"`, `"density"` or `"random"`.
+        init: `"kmeans"` (optimal where weights × levels are 2^22 at most; beyond, nearly so, by means of
+            runs of neighbours), `"linear"`, `"density"` or `"random"`.
         penalty: λ ≥ 0: squared error, relative to the mean square, worth one coded bit. Around
             0.001 to 0.03 it drops rare values and prunes further; 0 takes the nearest value.
         progress: show a bar.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dgc.core import codebook
 from dgc.core.entropy import count_symbols, entropy_bits
+from dgc.core.kmeans import optimal_means
 
 VALUES = st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=9)
 
@@ -38,6 +39,30 @@ def test_kmeans_of_many_values_is_close_to_exact(monkeypatch: pytest.MonkeyPatch
     exact = error(values, codebook.kmeans_levels(values, 15))
     monkeypatch.setattr(codebook, "EXACT_WORK", 1 << 16)
     assert error(values, codebook.kmeans_levels(values, 15)) <= 1.001 * exact
+
+
+def test_outliers_count_in_full_among_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(40_000, generator=torch.Generator().manual_seed(0))
+    values[:10] += 20
+    values[10:20] -= 30
+    exact = error(values, codebook.kmeans_levels(values, 15))
+    for name, size in {"EXACT_WORK": 0, "COARSE_RUNS": 1 << 8, "FINE_RUNS": 1 << 12}.items():
+        monkeypatch.setattr(codebook, name, size)
+    assert error(values, codebook.kmeans_levels(values, 15)) <= 1.01 * exact
+
+
+@given(st.lists(st.tuples(st.floats(-9, 9), st.integers(1, 4)), min_size=4, max_size=12))
+@settings(deadline=None)
+def test_a_value_with_a_count_is_as_many_values(pairs: list[tuple[float, int]]) -> None:
+    values = torch.tensor([v for v, _ in sorted(pairs)], dtype=torch.float64)
+    counts = torch.tensor([float(c) for _, c in sorted(pairs)], dtype=torch.float64)
+    repeated = values.repeat_interleave(counts.long())
+    levels = torch.from_numpy(optimal_means(values.numpy(), counts.numpy(), 4))
+    assert error(repeated, levels) == pytest.approx(
+        error(repeated, codebook.kmeans_levels(repeated, 4)), abs=1e-9
+    )
+    moved = codebook.lloyd(values, torch.tensor([-5.0, 5.0]), counts)
+    assert torch.allclose(moved, codebook.lloyd(repeated, torch.tensor([-5.0, 5.0])))
 
 
 @pytest.mark.parametrize("start", [codebook.linear_levels, codebook.density_levels])
