@@ -44,6 +44,7 @@ def kmeans_levels(values: Tensor, k: int) -> Tensor:
     if flat.numel() * k <= EXACT_WORK:
         return _solve(ordered.double(), torch.ones(flat.numel(), dtype=torch.float64), k)
     coarse, fine = _runs(ordered, COARSE_RUNS), _runs(ordered, FINE_RUNS)
+    del ordered  # of the size of `values`
     return lloyd(fine[0], _solve(*coarse, k), fine[1])
 
 
@@ -60,8 +61,9 @@ def _runs(ordered: Tensor, runs: int) -> tuple[Tensor, Tensor]:
     inner = ordered[end : ordered.numel() - end]
     length = max(1, inner.numel() // (runs - 2 * end))
     whole = inner.numel() // length * length
-    means = inner[:whole].view(-1, length).double().mean(1)
-    values = torch.cat([ordered[:end], means, inner[whole:], ordered[ordered.numel() - end :]])
+    means = inner[:whole].view(-1, length).mean(1)
+    parts = ordered[:end], means, inner[whole:], ordered[ordered.numel() - end :]
+    values = torch.cat(parts).double()
     counts = torch.ones_like(values)
     counts[end : end + means.numel()] = length
     return values, counts
