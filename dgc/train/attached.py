@@ -79,7 +79,7 @@ class Attached:
             for param in params:
                 param.grad = None  # nothing to step with: all ranks skip
         self._fresh = False
-        self.inner.before(self.reducer.masked)
+        self.inner.before(self.reducer.masked, self.reducer.idle)
 
     @property
     def _dropped(self) -> bool:

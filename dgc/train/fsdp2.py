@@ -102,8 +102,10 @@ class Fsdp2State(Attached):
         shards = self.reducer.params
         for name, param in self.params.items():
             shards[name].grad = None if param.grad is None else local(param.grad)
-        self._apply = self.reducer.finish()
-        self.inner.exchanged()
+        try:
+            self._apply = self.reducer.finish()
+        finally:
+            self.inner.exchanged()
         for name, param in self.params.items():
             grad, shards[name].grad = shards[name].grad, None
             param.grad = None if grad is None else _like(grad, param)

@@ -2,6 +2,7 @@
 
 from bisect import bisect_right, insort
 from collections.abc import Callable, Mapping
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -59,6 +60,7 @@ class Guard:
         self.used: set[str] = set()
         self._delivered: set[str] = set()
         self._stale: dict[str, Tensor] = {}  # bool, whether .grad still holds the mean
+        self._stepped: dict[str, tuple[ReferenceType[Tensor], int]] = {}
         self._places = Places()
         self.handles = [p.register_hook(self._hook(name, p)) for name, p in self.params.items()]
 
@@ -83,12 +85,31 @@ class Guard:
         self._stale.clear()
         self._places.clear()
 
+    def stepped(self) -> None:
+        """A step was made with it: what lies in `.grad` now is no gradient."""
+        self._stepped = {
+            name: (ref(p.grad), p.grad._version)
+            for name, p in self.params.items()
+            if p.grad is not None and not p.grad.is_inference()
+        }
+
     def check(self) -> None:
         """Call before the exchange of a step ends.
 
         Raises:
-            GradientError: a gradient was added to the mean of the step before.
+            GradientError: a gradient was added to the mean of the step before, or is that mean.
         """
+        left = [
+            found
+            for name, (grad, version) in self._stepped.items()
+            if (found := self.params[name].grad) is not None
+            and (found is grad() and found._version == version and name not in self.used)
+        ]
+        if any(bool(grad.any()) for grad in left):
+            raise GradientError(
+                "step() without a backward pass: gradients still hold the mean of the step before, "
+                "which would enter the memory again. Call optimizer.zero_grad() after each step"
+            )
         stale, self._stale = self._stale, {}
         if stale and bool(torch.stack(list(stale.values())).any()):
             raise GradientError(

@@ -74,8 +74,10 @@ class HookState(Attached):
         ours = bool(self.guard.used)  # a rank that has joined takes part without a step of its own
         if ours:
             self._refuse_dropped()
-        self._apply, self._ours = self.reducer.finish(), ours
-        self.inner.exchanged()
+        try:
+            self._apply, self._ours = self.reducer.finish(), ours
+        finally:
+            self.inner.exchanged()
         self.guard.delivered()
         self._fresh = True
         for future, buffer in waiting:

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,7 +58,9 @@ class InnerStep:
             self.local = self.adam
         self._sent_lr: dict[int, float] = {}
         self._last_lr: dict[int, float] = {}  # that was not 0
-        self._with_momentum: set[str] = set()  # had a step: dampening starts with the second
+        self._with_momentum: set[str] = (
+            set()
+        )  # had a step with it: dampening starts with the second
         self._loss_scale: float | None = None
         self._masked: Mapping[str, float] = {}  # in this step
         # Of each group what `before` replaced, and by what.
@@ -151,11 +153,12 @@ class InnerStep:
         return group
 
     @torch.no_grad()
-    def before(self, masked: Mapping[str, float]) -> None:
+    def before(self, masked: Mapping[str, float], idle: Collection[str] = ()) -> None:
         """Add the local share to `.grad` and set the options of this step; `after` restores them.
 
         Args:
             masked: of each name, what `Reducer.masked` says of this step.
+            idle: the names of which it says so: they stay as they are.
 
         Raises:
             GradientError: a gradient of a parameter that is not exchanged.
@@ -166,9 +169,14 @@ class InnerStep:
         self._refuse_local_gradients()
         self._masked = masked
         if self.owns_momentum:
-            moved = [name for name, param in self.params.items() if param.grad is not None]
-            self._with_momentum.update(moved)
-            self.local.local_([self._owned(name) for name in moved])
+            moved = [
+                name
+                for name, param in self.params.items()
+                if param.grad is not None and name not in idle
+            ]
+            owned = [self._owned(name) for name in moved]
+            self.local.local_(owned)
+            self._with_momentum.update(o.name for o in owned if o.group.get("momentum"))
         self.put_options()
 
     def put_options(self) -> None:
@@ -211,7 +219,8 @@ class InnerStep:
         if self._adds_steps and isinstance(self.config, DGC) and not self.config.fold_lr:
             scale = float(group["lr"])
         masked = self._masked.get(name, 0.0)
-        return Owned(name, self.params[name], group, excluded, masked, scale)
+        first = name not in self._with_momentum
+        return Owned(name, self.params[name], group, excluded, masked, scale, first)
 
     def _steps_with_one(self, group: dict[str, Any]) -> bool:
         """Whether what arrived is applied as it is, as the learning rate was 0 when it was sent."""

@@ -27,6 +27,8 @@ class Owned(NamedTuple):
     """The share of all ranks' momentum that was cleared where an element was sent in this step."""
     scale: float = 1.0
     """Factor of the local share: 0 where the rate is 0 and the optimizer is stepped with 1."""
+    first: bool = False
+    """Whether its momentum begins with this step."""
 
     @property
     def arrived(self) -> Tensor:
@@ -78,7 +80,7 @@ class SgdMomentum(Momentum):
     """SGD is linear in what enters its momentum, so the shares add up to SGD on the mean gradient.
 
         d = wd·p  (+ g̅ if excluded)
-        b ← m·b + (1 − dampening)·d          the first time b ← d, as torch.optim.SGD does
+        b ← m·b + (1 − dampening)·d          b ← d where momentum begins, as torch.optim.SGD does
         g̅ ← g̅ + b                           Nesterov: + d + m·b
         b ← (1 − masked)·b where g̅ arrived   not if excluded, or sent without masking
 
@@ -98,7 +100,8 @@ class SgdMomentum(Momentum):
     def row(self, param: Parameter, group: dict[str, Any], *, first: bool) -> Row:
         # Without momentum torch takes no dampening either.
         gain = 1.0 if first or not group["momentum"] else 1 - group["dampening"]
-        return Row(group["momentum"], gain, nesterov=group["nesterov"])
+        # Nesterov's form is the same without momentum, and leaves nothing in u for one that begins later.
+        return Row(group["momentum"], gain, nesterov=group["nesterov"] or not group["momentum"])
 
     def without(self, group: dict[str, Any]) -> dict[str, Any]:
         return {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0}
@@ -112,9 +115,10 @@ class SgdMomentum(Momentum):
             scale = _sign(group) * each.scale
             if each.excluded:
                 self._whole_(each)
-            elif group["weight_decay"] and not group["momentum"]:
-                each.arrived.add_(local(each.param), alpha=scale * group["weight_decay"])
-            elif group["weight_decay"]:
+            elif not group["momentum"]:
+                if group["weight_decay"]:
+                    each.arrived.add_(local(each.param), alpha=scale * group["weight_decay"])
+            elif group["weight_decay"] or each.name in self.buffers:
                 gain = self._opened(each)
                 options = group["weight_decay"], group["momentum"], gain, group["nesterov"]
                 rows.append((*options, scale, 1 - each.masked))
@@ -129,10 +133,9 @@ class SgdMomentum(Momentum):
 
     def _opened(self, each: Owned) -> float:
         """The factor of d in its momentum; the buffer is there from here on."""
-        if each.name in self.buffers:
-            return float(1 - each.group["dampening"])
-        self.buffers[each.name] = torch.zeros_like(each.param)
-        return 1.0
+        if each.name not in self.buffers:
+            self.buffers[each.name] = torch.zeros_like(each.param)
+        return 1.0 if each.first else float(1 - each.group["dampening"])
 
     def _whole_(self, each: Owned) -> None:
         """What the optimizer would make of the mean of whole gradients."""

@@ -189,8 +189,10 @@ class DistributedOptimizer(Optimizer):
             raise ConfigError("a DistributedOptimizer made later has the parameters: step that one")
         if not self._synchronized:
             self.guard.check()
-            self._apply = self.reducer.finish()
-            self.inner.exchanged()
+            try:
+                self._apply = self.reducer.finish()
+            finally:
+                self.inner.exchanged()
             self.guard.delivered()
             self._synchronized = True
 
@@ -218,11 +220,12 @@ class DistributedOptimizer(Optimizer):
         self._synchronized = False
         if not self._apply:
             return
-        self.inner.before(self.reducer.masked)
+        self.inner.before(self.reducer.masked, self.reducer.idle)
         try:
             self.optimizer.step()
         finally:
             self.inner.after()
+            self.guard.stepped()
 
     @property
     def _step_supports_amp_scaling(self) -> bool | RefuseScaler:

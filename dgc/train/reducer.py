@@ -45,6 +45,7 @@ class Reducer:
 
     Attributes:
         agree: from whether this step is finite here to whether it is wherever the model is stepped.
+        idle: the names that no rank used in the last step.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Reducer:
         self.params, self.config, self.comm = dict(params), config, comm
         self.rows, self.loss_scale, self._enter = rows, loss_scale, enter
         self.agree: Callable[[bool], bool] = lambda finite: finite
+        self.idle: set[str] = set()
         self.names = plan(self.params, config)
         self._patterns = self._make_patterns()
         self.buckets = [self._bucket(names) for names in self.names]
@@ -167,6 +169,7 @@ class Reducer:
                 "This step is dropped"
             )
         finite = self.agree(all(arrival.finite for arrival in arrivals))
+        self.idle.clear()
         for names, bucket, arrival in zip(self.names, self.buckets, arrivals, strict=True):
             if finite:
                 bucket.applied_()
@@ -176,6 +179,7 @@ class Reducer:
                     self._grad(name).fill_(torch.nan)
             for index, used in enumerate(arrival.used):
                 if not used and arrival.finite:
+                    self.idle.add(names[index])
                     bucket.forget_(index)
                     if names[index] in self._given:
                         self._given[names[index]].zero_()  # it may be `.grad` itself
