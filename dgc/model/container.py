@@ -91,7 +91,10 @@ def unpack(raw: bytes) -> tuple[dict[str, Entry], dict[str, str]]:
         raise FileError(f"a header of {size} bytes in a file of {len(raw)}: it is cut short")
     if raw[_HASH_AT : _HASH_AT + _HASH_CHARS] != _digest(raw):
         raise FileError("the hash does not match: the file is damaged or was changed")
-    header = read_json(raw[8 : 8 + size], "header")
+    text = raw[8 : 8 + size].rstrip(b" ")
+    if size - len(text) > 7 or not text.endswith(b"}"):
+        raise FileError("the header is not padded with spaces: another program wrote the file")
+    header = read_json(text, "header")
     assert isinstance(header, dict)  # it starts with `{`
     metadata = header.pop("__metadata__")
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -118,7 +121,9 @@ def read_json(text: str | bytes, what: str) -> Any:
         return dict(pairs)
 
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        # Of bytes json.loads would take lone surrogates.
+        decoded = text.decode() if isinstance(text, bytes) else text
+        return json.loads(decoded, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise FileError(f"the {what} is not JSON ({error}): the file is damaged") from error
 
@@ -138,9 +143,13 @@ def _entry(name: str, fields: Any, raw: bytes, base: int, at: int) -> tuple[Entr
     end = at + math.prod(shape) * DTYPES[dtype].itemsize
     if offsets != [at, end] or base + end > len(raw):
         raise FileError(f"{name!r} does not lie where its shape says: the file is damaged")
-    if name.endswith(CODED) and (dtype != "U8" or len(shape) != 1):
+    is_record = dtype == "U8" and len(shape) == 1 and name != "__metadata__" + CODED
+    if name.endswith(CODED) and not is_record:
         raise FileError(f"{name!r} is no record: the file is damaged")
-    return Entry(dtype, tuple(shape), raw[base + at : base + end]), end
+    data = raw[base + at : base + end]
+    if dtype == "BOOL" and data.translate(None, b"\0\1"):
+        raise FileError(f"{name!r} has a truth value beside 0 and 1: the file is damaged")
+    return Entry(dtype, tuple(shape), data), end
 
 
 def span(shape: Sequence[int]) -> int:

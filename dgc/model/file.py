@@ -152,8 +152,7 @@ def _dtype_names() -> str:
 def _untie(state: State) -> tuple[State, dict[str, str]]:
     """Each tensor once, and for the other names which of those they share."""
     first: dict[object, str] = {}
-    own: State = {}
-    tied: dict[str, str] = {}
+    own, tied = State(), dict[str, str]()
     for name, t in state.items():
         key = (t.data_ptr(), t.dtype, t.shape, t.stride()) if t.numel() else name
         if key in first:
@@ -201,7 +200,8 @@ def _shared_layer(tensor: Tensor, levels: Tensor, half: bool) -> Layer:
     order = counts.argsort(descending=True, stable=True)
     code = torch.empty_like(order)
     code[order] = torch.arange(order.numel())
-    halved = half and levels.element_size() > 2 and bool(levels.to(torch.float16).isfinite().all())
+    halves = levels.to(torch.float16)  # where one would be infinite or zero, none is
+    halved = half and levels.element_size() > 2 and bool((halves.isfinite() & (halves != 0)).all())
     codes = lookup(place, code.to(torch.uint8)).view(tensor.shape)
     return Layer(codes, values[order[1:]], half=halved)
 
@@ -235,9 +235,8 @@ class Opened:
         return known | {name: known[other] for name, other in self.tied.items()}
 
     def _dtype(self, entry: Entry) -> torch.dtype:
-        return (
-            torch.float32 if self.widen and entry.dtype == "F16" else container.DTYPES[entry.dtype]
-        )
+        stored = container.DTYPES[entry.dtype]
+        return torch.float32 if self.widen and stored == torch.float16 else stored
 
     def decode(self) -> tuple[State, dict[str, Layer]]:
         """Every tensor by name, tied names sharing one, and the layers that were coded."""
@@ -281,7 +280,8 @@ def parse(raw: bytes) -> Opened:
 
 def _tied(metadata: dict[str, str], names: set[str]) -> dict[str, str]:
     tied = container.read_json(metadata.get("tied", "{}"), "list of tied names")
-    valid = isinstance(tied, dict) and not set(tied) & (names | {"__metadata__"})
+    taken = names | {"__metadata__"}
+    valid = isinstance(tied, dict) and not any(n in taken or n.endswith(CODED) for n in tied)
     if not valid or not all(isinstance(o, str) and o in names for o in tied.values()):
         raise FileError("a tied name refers to no tensor: the file is damaged")
     return dict(tied)

@@ -31,7 +31,7 @@ def places_of(gaps: Tensor, gap_bits: int, numel: int) -> Tensor:
     """Indices of the non-zero codes, int64 ascending.
 
     Raises:
-        FileError: if one lies beyond `numel`, or a gap is above 2^gap_bits − 1.
+        FileError: if one lies beyond `numel`, a gap is above 2^gap_bits − 1, or zeros come last.
 
     Example:
         >>> places_of(torch.tensor([1, 3, 1], dtype=torch.uint8), 2, 8).tolist()
@@ -42,6 +42,8 @@ def places_of(gaps: Tensor, gap_bits: int, numel: int) -> Tensor:
     places = (gaps.long() + real).cumsum(0) - 1
     if gaps.numel() and (int(gaps.max()) > filler or int(places[-1]) >= numel):
         raise FileError("a weight's position lies outside its tensor: the file is damaged")
+    if gaps.numel() and not real[-1]:
+        raise FileError("zeros are written after the last weight: the file is damaged")
     kept: Tensor = places[real]
     return kept
 

@@ -51,8 +51,7 @@ class Layer:
         """The tensor, of the dtype of `levels`."""
         if self.literal:
             dense = self.levels.new_zeros(self.codes.shape)
-            dense[self.codes != 0] = self.levels
-            return dense
+            return dense.masked_scatter_(self.codes != 0, self.levels)  # a NaN bit for bit
         table = torch.cat([self.levels.new_zeros(1), self.levels])
         return lookup(self.codes, table)
 
@@ -129,7 +128,10 @@ def _unpack_table(kind: int, reader: Reader) -> bytes:
     if kind == ANS:
         return reader.take(size)
     packed = reader.take((size + 1) // 2)
-    return bytes(n for b in packed for n in (b & 15, b >> 4))[:size]
+    table = bytes(n for b in packed for n in (b & 15, b >> 4))
+    if any(table[size:]):
+        raise FileError("a Huffman table has bits left over: the file is damaged")
+    return table[:size]
 
 
 @dataclass
@@ -282,6 +284,8 @@ def read_head(reader: Reader) -> Head:
     literal, half, by_blocks = (bool(flags & flag) for flag in (LITERAL, HALF, BLOCKS))
     if by_blocks and (kind != ANS or dims < 2):
         raise FileError("blocks where there are no rows and columns: the file is damaged")
+    if half and (literal or DTYPES[dtype].itemsize == 2):
+        raise FileError("values that cannot be in 16 bits are: the file is damaged")
     return Head(kind, DTYPES[dtype], literal, half, by_blocks, shape, numel, nonzeros)
 
 
@@ -310,6 +314,8 @@ class Decoder:
         if head.literal:
             levels = _values(reader, head.nonzeros, head)
         reader.finish()
+        if not bool(levels.all()) or not (head.literal or bool(levels.isfinite().all())):
+            raise FileError("a record has a level that is zero or not finite: the file is damaged")
         top = int(codes.max())
         if int(codes.count_nonzero()) != head.nonzeros or top > (
             1 if head.literal else levels.numel()

@@ -230,6 +230,25 @@ def test_a_model_with_a_state_that_is_no_tensor_is_refused(tmp_path: Path) -> No
     assert torch.equal(model.weight, before)
 
 
+def test_half_leaves_levels_that_it_would_make_zero(tmp_path: Path) -> None:
+    small = torch.tensor([0.0, 1e-9, 1.0]).repeat_interleave(100).view(20, 15)
+    save_state({"w": small}, tmp_path / "m.dgc", half=True)
+    assert torch.equal(file.read_state(tmp_path / "m.dgc")["w"], small)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_weight_that_is_no_number_is_kept_bit_for_bit(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    weight = torch.zeros(200, dtype=dtype)
+    weight[7] = -torch.inf
+    weight.view(bits)[7] += 1  # a NaN with its sign and a payload
+    save_state({"w": weight}, tmp_path / "m.dgc")
+    found = file.read_state(tmp_path / "m.dgc")["w"]
+    assert torch.equal(found.view(bits), weight.view(bits))
+
+
 def test_half_leaves_sixteen_bits_as_they_are(tmp_path: Path) -> None:
     state = {"w": (torch.randint(1, 5, (40, 40)) * 1e-7).to(torch.bfloat16)}
     save_state(state, tmp_path / "m.dgc", half=True)

@@ -128,6 +128,10 @@ HOSTILE_HEADERS: dict[str, Callable[[dict[str, object]], object]] = {
         tied='{"__metadata__":"fc1.bias"}'
     ),
     "name that is no Unicode": lambda h: h.update({"a\ud800": h.pop("fc1.bias")}),
+    "tied name of a record": lambda h: h["__metadata__"].update(tied='{"a.dgc":"fc1.bias"}'),
+    "a record named as the metadata": lambda h: h.update(
+        {"__metadata__.dgc": h.pop("fc1.weight.dgc")}
+    ),
     "a record twice": lambda h: h.update({"fc1.weight": {**h["fc1.bias"], "shape": [0]}}),
 }
 
@@ -165,6 +169,9 @@ def test_hostile_header_texts_with_a_right_hash(good: dict[str, bytes]) -> None:
         start + b'"},"a":' + b"[" * 100_000,
         start + b'"},"a":{},"a":{}}',
         start + b'"},"\xff":{}}',
+        start + b'","a":"\xed\xa0\x80"}}     ',  # a surrogate's bytes
+        start + b'"}}' + b" " * 13,
+        start + b'"}}\n    ',
         start + b'"},"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,0]}}',
     ):
         with pytest.raises(FileError):
@@ -197,6 +204,39 @@ def test_any_record_with_a_right_hash(tail: bytes) -> None:
         except FileError:
             continue
         assert tuple(state["w"].shape) == file.parse(file_of(start + tail)).shapes()["w"][0]
+
+
+LEVEL = b"\x00\x00\x80\x3f"
+HOSTILE_RECORDS = {
+    "a level of zero": b"\x01\x00\x01\x02\x01\x01" + bytes(4) + b"\x00\x01\x00\x08\x00",
+    "a level that is no number": b"\x01\x00\x01\x02\x02\x01"
+    + b"\xff" * 4
+    + b"\x00\x01\x00\x01\x00",
+    "a literal of zero": b"\x01\x01\x01\x02\x02\x00\x01\x00\x01\x00" + LEVEL + bytes(4),
+    "literals in 16 bits": b"\x01\x03\x01\x02\x02\x00\x01\x00\x01\x00\x00\x3c\x00\x3c",
+    "levels in 16 bits of 16": b"\x11\x02\x01\x02\x02\x01\x00\x3c\x00\x01\x00\x01\x00",
+    "zeros after the last weight": b"\x02\x01\x01\x02\x01\x01\x02\x00\x01\x11\x01\x40\x00\x00\x00\x00"
+    + LEVEL,
+    "a table with bits left over": b"\x02\x01\x01\x01\x01\x01\x01\x00\x00\x11\x01\x00\x00\x00\x00\x00"
+    + LEVEL,
+}
+"""Of one dimension, of 1 or 2 elements; with the table of one symbol and no code where that will do."""
+
+
+@pytest.mark.parametrize("case", HOSTILE_RECORDS)
+def test_hostile_records_with_a_right_hash(case: str) -> None:
+    with pytest.raises(FileError):
+        decode(file_of(HOSTILE_RECORDS[case]))
+
+
+def test_truth_is_zero_or_one() -> None:
+    for byte in range(3):
+        raw = container.pack({"b": container.Entry("BOOL", (2,), bytes([0, byte]))}, {})
+        if byte < 2:
+            assert decode(raw)["b"].tolist() == [False, byte == 1]
+            continue
+        with pytest.raises(FileError, match="truth"):
+            decode(raw)
 
 
 def test_a_small_file_cannot_claim_much_memory() -> None:
