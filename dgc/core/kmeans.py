@@ -76,7 +76,7 @@ def _cut(sums: Array, last: Array, edges: Array) -> None:
                     first = last[c, j - step]
                 if j + step <= n:
                     end = min(end, last[c, j + step])
-                error[j] = np.inf
+                error[j], last[c, j] = np.inf, first
                 for i in range(first, end + 1):
                     found = before[i] + _cost(sums, i, j)
                     if found < error[j]:

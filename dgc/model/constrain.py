@@ -12,12 +12,14 @@ What defines the constraint is a buffer of the module that owns the parameter, s
 the forward hook, which is, installs them on the copy's own parameter.
 """
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _functional_call
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -82,7 +84,9 @@ class Constraint:
         """
         own = getattr(module, self.name, None)
         if isinstance(own, nn.Parameter):
-            return False
+            owner, constraint, _ = _owners.get(own, (None, None, None))
+            ours = owner is not None and owner() is module and constraint is self
+            return not ours and _in_functional_call()
         if module._parameters.get(self.name) is not None or hasattr(module, "_is_replica"):
             return True
         kind = type(module).__name__
@@ -97,6 +101,8 @@ class Constraint:
 
     def enforce_(self, module: nn.Module) -> None:
         """Overwrite the parameter with its projection."""
+        if self._replaced(module):
+            return
         # Through .data: the projection changes nothing that a pending backward pass has read
         # (it is idempotent), and so must not look to autograd as if it did.
         parameter = module.get_parameter(self.name)
@@ -147,6 +153,14 @@ class Constraint:
         module.register_forward_pre_hook(self)
         module.register_state_dict_pre_hook(self.before_state_dict)
         self.hold(module)
+
+
+def _in_functional_call() -> bool:
+    """Whether this is inside `torch.func.functional_call`, which may put in another model's parameters."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not _functional_call.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
 
 
 class Binder:
@@ -205,14 +219,16 @@ def remove(module: nn.Module, name: str) -> None:
     constraint = constraint_of(module, name)
     if constraint is None:
         return
-    if not is_sharded(module.get_parameter(name)):
-        constraint.enforce_(module)
+    parameter = module._parameters.get(name)  # None where it was parametrized since
+    if parameter is not None and constraint.buffer_name in module._buffers:
+        if not is_sharded(parameter):
+            constraint.enforce_(module)
+        delattr(module, constraint.buffer_name)
     for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks):
         for key, hook in list(hooks.items()):
             if hook is constraint or getattr(hook, "__self__", None) is constraint:
                 del hooks[key]
-    delattr(module, constraint.buffer_name)
-    hooked = _owners.pop(module.get_parameter(name), (None, None, None))[2]
+    hooked = None if parameter is None else _owners.pop(parameter, (None, None, None))[2]
     if hooked is not None:
         hooked.remove()
 
@@ -268,6 +284,10 @@ def choose(
             raise ConfigError(
                 f"{name!r} is on the device meta, without values: load the weights first"
             )
+        if 0 in [
+            s for s, size in zip(parameter.stride(), parameter.shape, strict=True) if size > 1
+        ]:
+            raise ConfigError(f"elements of {name!r} share memory (expand): take its clone()")
     if not isinstance(setting, dict):
         weights = weights_of(model)
         if not weights:
@@ -281,6 +301,12 @@ def choose(
         name = given if given in names else f"{given}.weight"
         if name not in names:
             raise ConfigError(f"no parameter {given!r} for {what}: the model has {sorted(names)}")
+        if name in chosen:
+            raise ConfigError(f"{what} of {name} is given twice: by its name and by its layer's")
+        if not names[name].is_floating_point():
+            raise ConfigError(
+                f"{name} is {names[name].dtype}: give {what} of floating parameters alone"
+            )
         chosen[name] = (*_owner(model, name), value)
     return chosen
 

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from dgc.core.codebook import CHUNK, lookup, places
-from dgc.core.entropy import count_symbols
 from dgc.errors import ConfigError, FileError, StateError
 from dgc.model import container, report
 from dgc.model.bytes import Reader
+from dgc.model.codes import to_layer
 from dgc.model.constrain import bind_root, constrained, refuse_sharded, release, weights_of
 from dgc.model.container import CODED, Entry
-from dgc.model.layer import CODERS, DTYPES, Decoder, Head, Layer, encode_layers, read_head
+from dgc.model.layer import CODERS, Decoder, Head, Layer, encode_layers, read_head
 from dgc.model.prune import Mask
 from dgc.model.share import Shared
 
@@ -26,8 +25,6 @@ MAX_EXPANSION = 4096
 """Without a model to compare with, a file may decode to this many times its own bytes, or to
 `FREE_BYTES` if that is more."""
 FREE_BYTES = 1 << 26
-MIN_CODED_NUMEL = 64  # below this a record costs more than it saves
-MAX_CODED_DENSITY = 0.9  # above this, leaving zeros out costs more than it saves
 
 State = dict[str, Tensor]
 
@@ -163,49 +160,6 @@ def _untie(state: State) -> tuple[State, dict[str, str]]:
     return own, tied
 
 
-def to_layer(tensor: Tensor, half: bool) -> Layer | None:
-    """The codes of a weight tensor, or `None` where storing it as it is takes less."""
-    if tensor.dtype not in DTYPES or tensor.numel() < MIN_CODED_NUMEL:
-        return None
-    flat = tensor.detach().reshape(-1)
-    levels = _few_values(flat, min(255, flat.numel() // 4))
-    if levels is not None and bool(levels.isfinite().all()):
-        return _shared_layer(tensor, levels, half)
-    density = float(flat.count_nonzero()) / flat.numel()
-    if density > MAX_CODED_DENSITY:
-        return None
-    return Layer((tensor != 0).to(torch.uint8), flat[flat != 0], literal=True)
-
-
-def _few_values(flat: Tensor, limit: int) -> Tensor | None:
-    """The distinct values but zero, ascending, if there are at most `limit`."""
-    found = flat[:0]
-    for size in (4096, CHUNK):  # a glance at the start settles it for most
-        for part in flat.split(size)[: 1 if size == 4096 else None]:
-            found = torch.cat([found, part]).unique()
-            if found.numel() > limit + 1:
-                return None
-    found = found[found != 0]
-    return found if found.numel() <= limit else None
-
-
-def _shared_layer(tensor: Tensor, levels: Tensor, half: bool) -> Layer:
-    """Codes in order of falling frequency, so that layers' tables resemble each other."""
-    values = torch.cat([levels[levels < 0], levels.new_zeros(1), levels[levels > 0]])
-    flat = tensor.detach().reshape(-1)
-    place = places(flat, values)
-    counts = torch.tensor(count_symbols(place, values.numel()))
-    zero = int((levels < 0).sum())
-    counts[zero] = flat.numel() + 1  # code 0, however rare
-    order = counts.argsort(descending=True, stable=True)
-    code = torch.empty_like(order)
-    code[order] = torch.arange(order.numel())
-    halves = levels.to(torch.float16)  # where one would be infinite or zero, none is
-    halved = half and levels.element_size() > 2 and bool((halves.isfinite() & (halves != 0)).all())
-    codes = lookup(place, code.to(torch.uint8)).view(tensor.shape)
-    return Layer(codes, values[order[1:]], half=halved)
-
-
 def _plain(tensor: Tensor, widen: bool) -> Entry:
     if widen and tensor.dtype == torch.float32 and bool(tensor.half().isfinite().all()):
         tensor = tensor.half()
@@ -309,6 +263,11 @@ def load(model: nn.Module, path: str | Path, *, constrain: bool = False) -> nn.M
     opened = open_file(path)
     _match(opened, checked(plain_state(model)), path)
     state, layers = opened.decode()
+    for name, other in _untie(plain_state(model))[1].items():
+        if not torch.equal(state[name], state[other]):
+            raise StateError(
+                f"{path} holds another model: here {name!r} and {other!r} are one tensor"
+            )
     release(model)
     current = model.state_dict()  # which says what versions its modules have: nothing is converted
     current.update(state)

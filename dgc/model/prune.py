@@ -4,6 +4,7 @@ Source: Han, Pool, Tran, Dally, *Learning both Weights and Connections*, arXiv 1
 cubic schedule is Zhu and Gupta's, arXiv 1710.01878.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -112,7 +113,10 @@ def _score(weight: Tensor, gamma: float) -> Tensor:
     """What weights are compared by: themselves, or times powers of their row's and column's norm."""
     if not gamma or weight.dim() < 2:
         return weight
-    matrix = weight.flatten(1).float()
+    # Squares stay in range: an exact power of two brings the largest to about 1.
+    exponent = math.frexp(float(weight.abs().max()))[1] if weight.numel() else 0
+    limit = 1000 if weight.dtype == torch.float64 else 126
+    matrix = (weight.flatten(1) * 2.0 ** max(-limit, min(limit, -exponent))).float()
     norms = [matrix.norm(dim=1, keepdim=True), matrix.norm(dim=0, keepdim=True)]
     gains = [norm / norm.square().mean().sqrt().clamp(min=1e-30) for norm in norms]
     scores: Tensor = matrix * (gains[0] * gains[1]) ** gamma

@@ -67,9 +67,10 @@ class Fsdp2State(Attached):
                 leaf.register_hook(self._before_backward)
 
     def _before_backward(self, _: Tensor) -> None:
-        self._stale = self._delivered and any(
-            p.grad is not None and bool(local(p.grad).any()) for p in self.params.values()
-        )
+        if not self._queued:  # within the pass FSDP2 leaves gradients in place
+            self._stale = self._delivered and any(
+                p.grad is not None and bool(local(p.grad).any()) for p in self.params.values()
+            )
         self._queue()
 
     def _queue(self) -> None:

@@ -4,6 +4,8 @@ DDP's buckets change between steps; here they only bring gradients. What is sent
 memory, follow `Reducer`'s own plan by parameter name, as with `DistributedOptimizer`.
 """
 
+from weakref import ref
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from torch.optim import Optimizer
 
 from dgc.comm.torch_dist import TorchCommunicator
 from dgc.config import DGC, Compression
-from dgc.errors import ConfigError
+from dgc.errors import ConfigError, GradientError
 from dgc.train.agree import check_agreement, named_parameters_of
 from dgc.train.attached import Attached
 from dgc.train.guard import Guard
@@ -37,6 +39,7 @@ class HookState(Attached):
         self.comm = TorchCommunicator(model.process_group, device=device)
         _check_all_trained(model, set(params.values()))
         check_agreement(params, config.describe(), self.comm)
+        self.model = ref(model)
         self.names = {param: name for name, param in params.items()}
         self.inner = InnerStep(optimizer, params, config, self.comm.world_size, scaler)
         self.reducer = self.inner.reducer(params, self.comm)
@@ -46,6 +49,16 @@ class HookState(Attached):
     def exchange(self, bucket: dist.GradBucket) -> Future:  # type: ignore[name-defined]
         """Start the exchange of a bucket's gradients; with the last bucket, finish all."""
         buffer, used = bucket.buffer(), self.guard.used
+        if buffer.layout != torch.strided:
+            raise GradientError(
+                f"a gradient of shape {tuple(buffer.shape)} is {buffer.layout}: use dense gradients "
+                "(for an embedding, sparse=False)"
+            )
+        if not getattr(self.model(), "_divide_by_initial_world_size", True):
+            raise ConfigError(
+                "join(divide_by_initial_world_size=False): the mean is over all ranks, joined ones too; "
+                "leave it at True"
+            )
         future: Future = torch.futures.Future(
             devices=[buffer.device] if buffer.device.type == "cuda" else []
         )

@@ -236,6 +236,27 @@ def skips_together_what_fp16_does_not_hold() -> None:
     assert all(p.isfinite().all() for p in full(model))
 
 
+def looks_for_a_missing_zero_grad_before_a_pass_alone() -> None:
+    """A hidden layer's output is one of the model's too: its gradient comes in the midst of a pass."""
+
+    class Shows(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            hidden = self[1](self[0](x))
+            return self[4](self[3](self[2](hidden))), hidden
+
+    mesh = mesh_of()
+    model: Any = Shows(*net())
+    fully_shard(model[2], mesh=mesh["shard"])
+    fully_shard(model, mesh=mesh["shard"])
+    sgd = torch.optim.SGD(model.parameters(), **SGD)
+    state = dgc.apply_fsdp2(model, mesh["replicate"].get_group(), sgd, EXACT)
+    for step in range(3):
+        sgd.zero_grad()
+        model(data(step))[0].square().mean().backward()
+        sgd.step()
+    assert state.stats()["steps"] == 3
+
+
 def refuses_to_drop_what_is_in_the_memory() -> None:
     model, sgd, _ = start()
     model(data(0)).square().mean().backward()
@@ -272,6 +293,7 @@ CHECKS = [
     skips_together,
     refuses,
     notices_a_missing_zero_grad,
+    looks_for_a_missing_zero_grad_before_a_pass_alone,
     exchanges_once_where_activations_are_checkpointed,
     sets_frozen_parameters_right,
     skips_together_what_fp16_does_not_hold,

@@ -1,5 +1,6 @@
 """What changes between steps: options of SGD, steps that raise, parameters that are left out."""
 
+from collections.abc import Callable
 from typing import Any
 from weakref import ref
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dgc
-from dgc.errors import GradientError
+from dgc.errors import ConfigError, GradientError
 from tests.processes import run_processes
 from tests.threads import ThreadCommunicator, run_ranks
 from tests.workers import Toy, flat, gradients, sgd_of, train, wrap
@@ -109,7 +110,7 @@ def test_a_loss_scale_is_read_anew_after_a_step_that_raised() -> None:
     assert param.item() == -1 - 1.5
 
 
-def under_ddp() -> None:
+def what_no_rank_uses_stays_as_it_is() -> None:
     """With zeros in `.grad` as with None: b, which only the first step uses, stays as it is."""
 
     class Net(nn.Module):
@@ -135,5 +136,20 @@ def under_ddp() -> None:
     assert torch.equal(*found)
 
 
-def test_what_no_rank_uses_stays_as_it_is() -> None:
-    assert run_processes(1, {"ddp": under_ddp})["ddp"] == [None]
+def refuses_under_ddp() -> None:
+    ddp = DistributedDataParallel(nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2)))
+    dgc.register(ddp, torch.optim.SGD(ddp.parameters(), lr=0.1), WHOLE)
+    with pytest.raises(GradientError, match="sparse=False"):
+        ddp(torch.tensor([1, 2])).sum().backward()
+    ddp = DistributedDataParallel(nn.Linear(4, 2))
+    dgc.register(ddp, torch.optim.SGD(ddp.parameters(), lr=0.1), WHOLE)
+    with (
+        pytest.raises(ConfigError, match="divide_by_initial_world_size"),
+        ddp.join(divide_by_initial_world_size=False),
+    ):
+        ddp(torch.ones(1, 4)).sum().backward()
+
+
+@pytest.mark.parametrize("check", [what_no_rank_uses_stays_as_it_is, refuses_under_ddp])
+def test_under_ddp(check: Callable[[], None]) -> None:
+    assert run_processes(1, {"ddp": check})["ddp"] == [None]
