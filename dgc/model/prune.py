@@ -115,11 +115,12 @@ def _score(weight: Tensor, gamma: float) -> Tensor:
         return weight
     # Squares stay in range: an exact power of two brings the largest to about 1.
     exponent = math.frexp(float(weight.abs().max()))[1] if weight.numel() else 0
-    limit = 1000 if weight.dtype == torch.float64 else 126
-    matrix = (weight.flatten(1) * 2.0 ** max(-limit, min(limit, -exponent))).float()
+    wide, limit = (torch.float64, 1000) if weight.dtype == torch.float64 else (torch.float32, 126)
+    scale = 2.0 ** max(-limit, min(limit, -exponent))
+    matrix = (weight.flatten(1) * scale).float()
     norms = [matrix.norm(dim=1, keepdim=True), matrix.norm(dim=0, keepdim=True)]
     gains = [norm / norm.square().mean().sqrt().clamp(min=1e-30) for norm in norms]
-    scores: Tensor = matrix * (gains[0] * gains[1]) ** gamma
+    scores: Tensor = (matrix * (gains[0] * gains[1]) ** gamma).to(wide) / scale
     return scores.view(weight.shape)
 
 

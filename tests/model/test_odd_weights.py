@@ -82,6 +82,15 @@ def test_structure_does_not_go_by_the_scale(scale: float) -> None:
             assert torch.equal(prune(linear(scaled), 0.2, structure=0.5).weight != 0, wanted)
 
 
+def test_layers_compete_by_their_scale_with_structure() -> None:
+    small, large = nn.Linear(20, 20, bias=False), nn.Linear(20, 20, bias=False)
+    large.weight.data.mul_(100)
+    model = prune(nn.Sequential(small, large), 0.4, scope="global", structure=0.5)
+    assert not small.weight.any()
+    assert model[1] is large
+    assert int(large.weight.count_nonzero()) == 320
+
+
 def test_another_models_parameters_are_left_alone() -> None:
     pruned, other = prune(nn.Linear(4, 4), 0.25), nn.Linear(4, 4)
     before, x = other.weight.detach().clone(), torch.ones(1, 4)
