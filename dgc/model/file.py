@@ -93,7 +93,8 @@ def save_state(
     if coder not in CODERS:
         raise ConfigError(f"coder is {coder!r}: one of {sorted(CODERS)}")
     container.check_target(path)
-    own, tied = _untie(checked(state))
+    named, tied = _untie(checked(state))
+    own = {name: tensor.detach().cpu() for name, tensor in named.items()}
     layers = {name: layer for name, t in own.items() if (layer := to_layer(t, half)) is not None}
     records = dict(zip(layers, encode_layers(list(layers.values()), coder), strict=True))
     widen = half and not any(t.dtype == torch.float16 for t in own.values())
@@ -156,7 +157,7 @@ def _untie(state: State) -> tuple[State, dict[str, str]]:
             tied[name] = first[key]
         else:
             first[key] = name
-            own[name] = t.detach().cpu()
+            own[name] = t
     return own, tied
 
 
@@ -264,7 +265,7 @@ def load(model: nn.Module, path: str | Path, *, constrain: bool = False) -> nn.M
     _match(opened, checked(plain_state(model)), path)
     state, layers = opened.decode()
     for name, other in _untie(plain_state(model))[1].items():
-        if not torch.equal(state[name], state[other]):
+        if state[name] is not state[other] and not torch.equal(state[name], state[other]):
             raise StateError(
                 f"{path} holds another model: here {name!r} and {other!r} are one tensor"
             )

@@ -58,9 +58,7 @@ class InnerStep:
             self.local = self.adam
         self._sent_lr: dict[int, float] = {}
         self._last_lr: dict[int, float] = {}  # that was not 0
-        self._with_momentum: set[str] = (
-            set()
-        )  # had a step with it: dampening starts with the second
+        self._with_momentum: set[str] = set()  # had such a step: dampening starts with the second
         self._loss_scale: float | None = None
         self._masked: Mapping[str, float] = {}  # in this step
         # Of each group what `before` replaced, and by what.
