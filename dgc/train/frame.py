@@ -157,7 +157,8 @@ def _read_fixed(message: Bytes) -> tuple[int, int, int]:
         raise WireError(f"{len(head)} bytes: a message has at least {FIXED_BYTES + CHECKSUM_BYTES}")
     if head[:3] != MAGIC:
         raise WireError(
-            f"magic is {head[:3].hex()}, not {MAGIC.hex()}: this is not a gradient message"
+            f"magic is {head[:3].hex()}, not {MAGIC.hex()}: this is not a gradient message (do all ranks "
+            "make the same calls, as of checkpoint.save?)"
         )
     if head[3] != VERSION:
         raise WireError(f"version is {head[3]}, this library reads {VERSION}: upgrade all ranks")

@@ -91,7 +91,7 @@ def decode(message: Tensor) -> list[Sparse]:
         >>> decode(torch.zeros(20, dtype=torch.uint8))
         Traceback (most recent call last):
         ...
-        dgc.errors.WireError: magic is 000000, not 444743: this is not a gradient message
+        dgc.errors.WireError: magic is 000000, not 444743: this is not a gradient message ...
     """
     return decode_batch(message).batch.split()
 
