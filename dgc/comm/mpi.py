@@ -79,6 +79,13 @@ class MpiCommunicator:
             raise ConfigError(
                 "comm is COMM_NULL: this rank has no part in it, let it go its own way"
             )
+        # Gradients of a GPU are complete on a thread of autograd's, which is not the one of MPI_Init.
+        if torch.cuda.is_available() and self.mpi.Query_thread() < self.mpi.THREAD_SERIALIZED:
+            raise ConfigError(
+                "MPI was started for calls of the main thread alone, but gradients of a GPU are sent "
+                "by another: start it with MPI_THREAD_SERIALIZED or more, as mpi4py does by itself "
+                "(mpi4py.rc.thread_level)"
+            )
         self.comm, made = (self.mpi.COMM_WORLD if comm is None else comm).Idup()
         poll(made.Test, timeout_seconds)
         self.timeout_seconds = timeout_seconds

@@ -41,8 +41,10 @@ class Bucket(Protocol):
 
     layout: Layout
     pattern: Pattern
-    masks: float = 0.0
-    """The share of all ranks' momentum that sending an element clears."""
+
+    def masked(self, step: int) -> list[float]:
+        """Of each tensor the share of all ranks' momentum that `step` cleared where it arrived."""
+        return [0.0] * len(self.layout.numels)
 
     def density(self, step: int) -> float:
         """The share of its elements that the bucket sends in training step `step`."""
@@ -90,11 +92,19 @@ class CompressedBucket(Bucket):
         self.memory, self.world_size = memory, world_size
         self.layout, self.config = memory.layout, memory.config
         self.pattern: Pattern = CodedAllGather()
-        self.masks = self.config.momentum_masking / world_size
+        self.masks = self.config.momentum_masking / world_size  # by one rank, where it sends
         self._sender, self._receiver = Sender(memory), Receiver()
         self._sent: Sent | None = None
         self._expected: Expected | None = None
         self._before: dict[int, dict[str, Tensor]] = {}
+
+    def masked(self, step: int) -> list[float]:
+        if not self.masks:
+            return super().masked(step)
+        numels = self.layout.numels
+        counts = message_plan(numels, self.density(step), self.config)[0]
+        # What is sent whole, all ranks send.
+        return [1.0 if n == k else self.masks for n, k in zip(numels, counts, strict=True)]
 
     def density(self, step: int) -> float:
         return density_at(step, self.config)

@@ -85,7 +85,7 @@ class SgdMomentum(Momentum):
         b ← (1 − masked)·b where g̅ arrived   not if excluded, or sent without masking
 
     The last line is momentum factor masking, as if each rank's u held its share of b: `masked` is 1/N,
-    or what `Bucket.masks` says. Without it the decay is up to 1/(1 − m) times too strong where elements
+    or what `Bucket.masked` says. Without it the decay is up to 1/(1 − m) times too strong where elements
     are sent often (docs/log.md, 2026-11-25).
 
     Attributes:

@@ -107,9 +107,8 @@ class AutoBucket(Bucket):
     def pattern(self) -> Pattern:  # type: ignore[override]
         return self._now.pattern
 
-    @property
-    def masks(self) -> float:  # type: ignore[override]
-        return self._now.masks
+    def masked(self, step: int) -> list[float]:
+        return self._now.masked(step)
 
     def density(self, step: int) -> float:
         return self._now.density(step)

@@ -108,8 +108,8 @@ class Reducer:
     @property
     def masked(self) -> dict[str, float]:
         """The share of all ranks' momentum that the last exchange cleared where it sent an element."""
-        pairs = zip(self.names, self.buckets, strict=True)
-        return {name: bucket.masks for names, bucket in pairs for name in names}
+        masked = [share for bucket in self.buckets for share in bucket.masked(self.step - 1)]
+        return dict(zip(self._place, masked, strict=True))
 
     @property
     def missing(self) -> list[str]:

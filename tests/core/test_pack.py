@@ -1,6 +1,7 @@
 """The gap code: tables in integers, its bound against the entropy and against any spread."""
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -50,6 +51,22 @@ def test_tables_are_the_ones_of_version_1() -> None:
 
 WEIGHTED = [1310690, 1298326, 1171802, 3345152, 8648579, 107521635, 496554810, 410955946]
 WEIGHTED += WEIGHTED[-2:]  # from code 40 on only the low bits differ
+
+
+def test_no_processor_rounds_to_another_size() -> None:
+    """Ranks must agree on sizes, which come from logarithms that CPUs round in their own ways."""
+    noise = np.random.default_rng(0)
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        y: np.ndarray = log2(x)
+        exact = y == np.round(y)
+        return y * (1 + np.where(exact, 0, noise.uniform(-1e-12, 1e-12, y.shape)))
+
+    log2, made = np.log2, gap_code.__wrapped__
+    for code in range(NUM_CODES):
+        with mock.patch.object(np, "log2", rounded):
+            again = [made(code)[2:] for _ in range(4)]
+        assert again == 4 * [gap_code(code)[2:]]
 
 
 @pytest.mark.parametrize("density", [1e-4, 3e-4, 1e-3, 4e-3, 0.0156, 0.0625, 0.25, 0.5])

@@ -1,5 +1,7 @@
 """An mpi4py program: even and odd ranks each train together, messages of its own under way."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from mpi4py import MPI
@@ -19,6 +21,14 @@ aside = world.Split(MPI.UNDEFINED if world.rank else 0)
 if world.rank:
     with pytest.raises(ConfigError, match="COMM_NULL"):
         MpiCommunicator(aside)
+funneled = patch.object(MPI, "Query_thread", lambda: MPI.THREAD_FUNNELED)
+with funneled:
+    MpiCommunicator(part).close()  # on a CPU autograd calls from the thread that calls it
+    with (
+        patch("torch.cuda.is_available", lambda: True),
+        pytest.raises(ConfigError, match="SERIALIZED"),
+    ):
+        MpiCommunicator(part)
 asked = [part.Irecv(got), world.Irecv(torch.empty(5), left, tag=1)]
 found = digest(MpiCommunicator(part))
 assert found == run_ranks(part.size, digest)[0]

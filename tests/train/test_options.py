@@ -68,6 +68,29 @@ def test_weight_decay_goes_by_what_is_masked(pattern: str, workers: int) -> None
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize(
+    "pattern", ["all-gather", "hierarchical", "shared-indices", "re-selecting"]
+)
+def test_weight_decay_has_the_momentum_of_gradients_where_all_is_sent(
+    ranks: int, pattern: str
+) -> None:
+    """Where ranks send a tensor whole, none of it has momentum: masked SGD is SGD without."""
+
+    def body(comm: ThreadCommunicator) -> Tensor:
+        config = dgc.DGC(min_selected=1000, value_bits=32, pattern=pattern)
+        model, _, optimizer = wrapped(config, comm)
+        for _ in range(30):
+            step(model, optimizer, torch.full((1, 1000), 0.01))
+        return model.weight.detach()
+
+    expected = 1.0
+    for _ in range(30):
+        expected -= 0.01 * (0.01 + 0.05 * expected)
+    found = run_ranks(ranks, body, per_host=min(ranks, 2))[0]
+    torch.testing.assert_close(found, torch.full((1, 1000), expected), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("exclude", [(), ("*",)])
 @pytest.mark.parametrize("correction", [False, True])
 def test_nothing_leaps_where_the_rate_is_0(exclude: tuple[str, ...], correction: bool) -> None:
