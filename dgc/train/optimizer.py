@@ -220,6 +220,12 @@ class DistributedOptimizer(Optimizer):
         self._synchronized = False
         if not self._apply:
             return
+        grads = (param.grad for param in self.params.values())
+        if len(self.reducer.idle) < len(self.params) and all(grad is None for grad in grads):
+            raise GradientError(
+                "the mean was dropped between synchronize() and step(), as by model.zero_grad(), and its "
+                "gradient is in the memory no more: call step() first"
+            )
         self.inner.before(self.reducer.masked, self.reducer.idle)
         try:
             self.optimizer.step()

@@ -266,6 +266,10 @@ def test_a_mean_that_is_not_stepped_with_is_not_dropped_in_silence() -> None:
         optimizer.zero_grad()
     with pytest.raises(GradientError, match="a backward pass between"), optimizer.no_sync():
         model(X).square().sum().backward()
+    model.zero_grad()
+    with pytest.raises(GradientError, match=r"as by model\.zero_grad"):
+        optimizer.step()
+    step(model, optimizer)
 
 
 def test_a_parameter_of_another_size_is_refused() -> None:
