@@ -86,7 +86,7 @@ class Oracle:
                 u[j] = sgd.momentum * u[j] + gain * x
                 entering = u[j]
             v[j] += rate * entering
-        k = max(config.min_selected, math.ceil(round(self.density() * len(v), 9)))
+        k = self._count(len(v))
         order = sorted(range(len(v)), key=lambda j: (-abs(v[j]), j))
         sent = {j: v[j] for j in order[:k]}
         for j in sent:
@@ -96,6 +96,11 @@ class Oracle:
         if not config.local_accumulation:
             v[:] = [0.0] * len(v)
         return sent
+
+    def _count(self, numel: int) -> int:
+        """How many of so many elements a worker sends."""
+        wanted = math.ceil(round(self.density() * numel, 9))
+        return min(numel, max(self.config.min_selected, wanted))
 
     def _gain(self, sgd: Sgd) -> float:
         return 1.0 if self.step_number == 0 else 1 - sgd.dampening
@@ -113,11 +118,14 @@ class Oracle:
             gain = 1 - sgd.dampening
             buffer = [sgd.momentum * b + gain * x for b, x in zip(buffer, d, strict=True)]
         self.shared[name] = buffer
+        senders = (
+            self.workers if self._count(len(p)) == len(p) else 1
+        )  # all, where it is sent whole
         for j in range(len(p)):
             direction = d[j] + sgd.momentum * buffer[j] if sgd.nesterov else buffer[j]
             p[j] -= sgd.lr * (direction + (arrived[j] if own else 0.0))
             if own and self.config.momentum_masking and arrived[j] != 0:
-                buffer[j] *= 1 - 1 / self.workers
+                buffer[j] *= 1 - senders / self.workers
 
 
 @dataclass
