@@ -118,9 +118,8 @@ class Oracle:
             gain = 1 - sgd.dampening
             buffer = [sgd.momentum * b + gain * x for b, x in zip(buffer, d, strict=True)]
         self.shared[name] = buffer
-        senders = (
-            self.workers if self._count(len(p)) == len(p) else 1
-        )  # all, where it is sent whole
+        whole = self._count(len(p)) == len(p)
+        senders = self.workers if whole else 1
         for j in range(len(p)):
             direction = d[j] + sgd.momentum * buffer[j] if sgd.nesterov else buffer[j]
             p[j] -= sgd.lr * (direction + (arrived[j] if own else 0.0))
